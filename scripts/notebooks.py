@@ -18,7 +18,6 @@ import os
 import re
 import struct
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -124,24 +123,26 @@ def kernel_env() -> dict[str, str]:
 def execute(path: Path, timeout: int) -> tuple[str, list[str]]:
     "Run the notebook at `path`; returns the text to store and the complaints about it."
     nb = nbformat.read(path, as_version=4)
-    for cell in nb.cells:
-        if cell.cell_type != "code":
-            continue
+    code = [cell for cell in nb.cells if cell.cell_type == "code"]
+    for cell in code:
         if EVAL_FALSE.search(cell.source):
             cell.metadata["tags"] = [SKIP_TAG]
         else:
             cell.outputs = []
-    client = NotebookClient(nb, timeout=timeout, kernel_name="python3", record_timing=False, allow_errors=False,
-                            skip_cells_with_tag=SKIP_TAG, resources={"metadata": {"path": str(path.parent)}})  # fmt: skip
+    client = NotebookClient(
+        nb,
+        timeout=timeout,
+        kernel_name="python3",
+        record_timing=False,
+        skip_cells_with_tag=SKIP_TAG,
+        resources={"metadata": {"path": str(path.parent)}},
+    )
     client.execute(env=kernel_env())
-    found = []
-    for number, cell in enumerate(nb.cells, 1):
-        if cell.cell_type == "code":
-            cell.outputs = [nbformat.from_dict(o) for o in settle(cell.outputs)]
-    stored = nbformat.reads(clean(nb), as_version=4)  # judged after cleaning: `<f at 0x..>` is `<f>` by then
-    for number, cell in enumerate(stored.cells, 1):
-        found += [f"cell {number} ({cell.id}): {why}" for why in complaints(cell)]
-    return clean(nb), found
+    for cell in code:
+        cell.outputs = [nbformat.from_dict(out) for out in settle(cell.outputs)]
+    stored = clean(nb)  # judged as it will stand there: `<f at 0x..>` is `<f>` by now
+    cells = enumerate(nbformat.reads(stored, as_version=4).cells, 1)
+    return stored, [f"cell {number} ({cell.id}): {why}" for number, cell in cells for why in complaints(cell)]
 
 
 def main() -> int:
@@ -172,12 +173,9 @@ def main() -> int:
         differs = path.read_text(encoding="utf-8") != new
         changed += differs
         if differs and not args.check:
-            with tempfile.NamedTemporaryFile(
-                "w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8"
-            ) as tmp:
-                tmp.write(new)
-            Path(tmp.name).chmod(path.stat().st_mode & 0o777)
-            os.replace(tmp.name, path)
+            part = path.with_suffix(".ipynb.part")  # complete or absent: an interruption leaves the old notebook
+            part.write_text(new, encoding="utf-8")
+            os.replace(part, path)
         word = ("differs" if args.check else "stored") if differs else "unchanged"
         print(f"{name}: {word} ({time.time() - start:.0f} s, {len(new) / 1000:.0f} KB)")
     print(f"{len(paths)} notebooks: {len(paths) - failed - changed} unchanged, {changed} "
