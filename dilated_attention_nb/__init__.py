@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dilated_attention_nb import config as config
     from dilated_attention_nb.config import (
         BACKENDS as BACKENDS,
+        BNHD as BNHD,
         C as C,
         Config as Config,
         DISTRIBUTED_BACKENDS as DISTRIBUTED_BACKENDS,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         DistributedConfig as DistributedConfig,
         EVICTION_POLICIES as EVICTION_POLICIES,
         FLOAT_DTYPES as FLOAT_DTYPES,
+        MAX_FLOAT as MAX_FLOAT,
         MIXINGS as MIXINGS,
         MemoryPoolConfig as MemoryPoolConfig,
         MultiheadConfig as MultiheadConfig,
@@ -50,8 +52,11 @@ if TYPE_CHECKING:
         check_positive as check_positive,
         check_qkv as check_qkv,
         check_scale as check_scale,
+        complaint as complaint,
+        heads_that_fit as heads_that_fit,
         nearest as nearest,
         plain as plain,
+        shown as shown,
         valid_lengths as valid_lengths,
     )
     from dilated_attention_nb import testing as testing
@@ -70,6 +75,7 @@ if TYPE_CHECKING:
 _NAMES: dict[str, tuple[str, ...]] = {
     "config": (
         "BACKENDS",
+        "BNHD",
         "C",
         "Config",
         "DISTRIBUTED_BACKENDS",
@@ -77,6 +83,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "DistributedConfig",
         "EVICTION_POLICIES",
         "FLOAT_DTYPES",
+        "MAX_FLOAT",
         "MIXINGS",
         "MemoryPoolConfig",
         "MultiheadConfig",
@@ -105,8 +112,11 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "check_positive",
         "check_qkv",
         "check_scale",
+        "complaint",
+        "heads_that_fit",
         "nearest",
         "plain",
+        "shown",
         "valid_lengths",
     ),
     "testing": (
@@ -126,6 +136,7 @@ _HOME = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = [
     "__version__",
     "BACKENDS",
+    "BNHD",
     "C",
     "Config",
     "DISTRIBUTED_BACKENDS",
@@ -133,6 +144,7 @@ __all__ = [
     "DistributedConfig",
     "EVICTION_POLICIES",
     "FLOAT_DTYPES",
+    "MAX_FLOAT",
     "MIXINGS",
     "MemoryPoolConfig",
     "MultiheadConfig",
@@ -164,14 +176,17 @@ __all__ = [
     "check_positive",
     "check_qkv",
     "check_scale",
+    "complaint",
     "error_budget",
     "head_branches",
+    "heads_that_fit",
     "make_qkv",
     "nearest",
     "oracle_attention",
     "oracle_counts",
     "plain",
     "plain_attention",
+    "shown",
     "valid_lengths",
 ]
 

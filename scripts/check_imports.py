@@ -1,0 +1,217 @@
+"""Check the order of the notebooks: exported code builds on lower numbers only, by name.
+
+    python scripts/check_imports.py
+
+It also checks what keeps the notebooks exportable and readable as pages: one number and one module for each notebook,
+a title cell of its own (what else stands in it is lost on the site), imports in cells of their own (the site runs
+every cell that imports something), sources stored as lines, unique cell ids, and the size.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "dilated_attention_nb"
+MAX_BYTES = 500_000
+
+# Exported code may import from every lower number, except where a room is kept narrower than that.
+ONLY = {
+    "config": set(),
+    "testing": {"config"},
+    "plotting": {"config"},
+    "memory_pool": {"config"},
+    "masking": {"config"},
+    "partial": {"config", "masking"},
+    "block_sparse": {"config", "masking", "partial"},
+    "ring": {"config", "memory_pool", "masking", "partial"},
+    "block_sparse_ring": {"config", "memory_pool", "masking", "partial", "block_sparse", "ring"},
+}
+NOT = {"improved": {"dilated"}}
+# Every lesson may use these; exported code only where it is named here.
+LESSONS = {
+    "testing": {"multihead", "benchmarks"},  # need_weights at short lengths is the oracle's job
+    "plotting": {"training", "distributed", "benchmarks"},
+}
+LEAVES = {"benchmarks"}  # nothing imports these
+
+NUMBERED = re.compile(r"^(\d+)_(\w+)\.ipynb$")
+DEFAULT_EXP = re.compile(r"^\s*#\|\s*default_exp\s+(\S+)", re.MULTILINE)
+EXPORT = re.compile(r"^\s*#\|\s*exports?i?\b", re.MULTILINE)
+MAGIC = re.compile(r"^\s*[%!].*$", re.MULTILINE)
+DEFINES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Expr)
+
+
+@dataclass
+class Notebook:
+    path: Path
+    cells: list[dict]
+    number: int | None = None
+    modules: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def code(self) -> list[tuple[int, dict, str]]:
+        "Number, cell and source of the code cells."
+        return [(i, c, source(c)) for i, c in enumerate(self.cells, 1) if c["cell_type"] == "code"]
+
+
+def source(cell: dict) -> str:
+    return "".join(cell["source"])
+
+
+def read(path: Path) -> Notebook:
+    nb = Notebook(path, json.loads(path.read_text(encoding="utf-8"))["cells"])
+    if match := NUMBERED.match(path.name):
+        nb.number = int(match[1])
+    nb.modules = [m for _, _, text in nb.code() for m in DEFAULT_EXP.findall(text)]
+    return nb
+
+
+def parse(text: str) -> ast.Module | None:
+    "The syntax tree of a cell, without its magics; None if it is no Python."
+    try:
+        return ast.parse(MAGIC.sub("", text))
+    except SyntaxError:
+        return None
+
+
+def imports(tree: ast.Module) -> list[tuple[str, list[str]]]:
+    "Everything that a cell imports from this package, in functions too: module and names."
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(a.name, []) for a in node.names if a.name.split(".")[0] == PACKAGE]
+        elif isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == PACKAGE):
+            found.append(("." * node.level + (node.module or ""), [a.name for a in node.names]))
+    return found
+
+
+def refusal(me: str, target: str) -> str:
+    "Why exported code of module `me` may not import the lower module `target`; empty if it may."
+    if target in LEAVES:
+        return f"nothing imports {target}"
+    if target in LESSONS and me not in LESSONS[target] and target not in ONLY.get(me, ()):
+        return f"{target} is for lessons and tests; exported code of {me} must not need it"
+    if target in NOT.get(me, ()) or target not in ONLY.get(me, {target}):
+        return f"{me} may not import {target} (see the tables in scripts/check_imports.py)"
+    return ""
+
+
+def check_order(notebooks: list[Notebook]) -> list[str]:
+    "Exported code imports by name, from lower numbers, and from the rooms that are open to it."
+    numbers = {nb.modules[0]: nb.number for nb in notebooks if nb.modules and nb.number is not None}
+    wrong = []
+    for nb in notebooks:
+        for i, _, text in nb.code():
+            tree = parse(text) if EXPORT.search(text) else None
+            for module, names in imports(tree) if tree else []:
+                where = f"{nb.name}, cell {i}: "
+                target = module.removeprefix(PACKAGE).removeprefix(".")
+                me = nb.modules[0] if nb.modules else nb.name
+                if module.startswith("."):
+                    wrong.append(where + f"relative import of {module}; write `from {PACKAGE}.x import name`")
+                elif not names:
+                    wrong.append(where + f"`import {module}`; import the names: `from {module} import name`")
+                elif "*" in names:
+                    wrong.append(where + f"`from {module} import *`; import the names")
+                elif not target:
+                    wrong.append(
+                        where + f"imports from the package root; name the module that holds {', '.join(names)}"
+                    )
+                elif target not in numbers:
+                    wrong.append(where + f"imports from {target}, which no numbered notebook exports")
+                elif nb.number is None or numbers[target] >= nb.number:
+                    wrong.append(
+                        where + f"imports from {target} (number {numbers[target]}), which is not lower than its own"
+                    )
+                elif reason := refusal(me, target):
+                    wrong.append(where + reason)
+    return wrong
+
+
+def check_numbers(notebooks: list[Notebook]) -> list[str]:
+    "One number, one module, one name for each; an export without a module would be lost."
+    wrong = []
+    seen: dict[object, str] = {}
+    for nb in notebooks:
+        for key, what in [(nb.number, f"number {nb.number}"), *((m, f"module {m}") for m in nb.modules)]:
+            if key is not None and key in seen:
+                wrong.append(f"{nb.name}: {what} is taken by {seen[key]}")
+            seen.setdefault(key, nb.name)
+        match = NUMBERED.match(nb.name)
+        if len(nb.modules) > 1:
+            wrong.append(f"{nb.name}: {len(nb.modules)} `default_exp` cells; one notebook makes one module")
+        elif nb.modules and not (match and match[2] == nb.modules[0]):
+            wrong.append(f"{nb.name}: exports {nb.modules[0]}; call it NN_{nb.modules[0]}.ipynb")
+        elif not nb.modules and any(EXPORT.search(text) for _, _, text in nb.code()):
+            wrong.append(f"{nb.name}: exports cells but has no `#| default_exp`")
+    return wrong
+
+
+def check_cells(nb: Notebook) -> list[str]:
+    "What would be lost, run or reformatted on the way to the site."
+    wrong = []
+    size = nb.path.stat().st_size
+    if size > MAX_BYTES:
+        wrong.append(
+            f"{nb.name}: {size / 1000:.0f} KB stored, at most {MAX_BYTES / 1000:.0f}; smaller figures, fewer outputs"
+        )
+    titles = [source(c) for c in nb.cells if c["cell_type"] == "markdown" and source(c).startswith("# ")]
+    if len(titles) != 1:
+        wrong.append(f"{nb.name}: {len(titles)} markdown cells begin with `# Title`; one is the page's title")
+    for title in titles[:1]:
+        extra = [line for line in title.splitlines()[1:] if line.strip() and not line.startswith("> ")]
+        if extra:
+            wrong.append(f"{nb.name}: the site drops what stands beside `# Title` and `> line`: {extra[0][:60]!r}")
+    ids = [c.get("id") for c in nb.cells]
+    if None in ids or len(set(ids)) < len(ids):
+        wrong.append(f"{nb.name}: cells without an id, or two with the same")
+    for i, cell in enumerate(nb.cells, 1):
+        if isinstance(cell["source"], str) or any("\n" in line[:-1] for line in cell["source"]):
+            wrong.append(f"{nb.name}, cell {i}: the source is not a list of lines")
+    for i, _, text in nb.code():
+        tree = parse(text)
+        if tree is None:
+            if EXPORT.search(text):
+                wrong.append(f"{nb.name}, cell {i}: exported, but no Python")
+            continue
+        kinds = [isinstance(node, (ast.Import, ast.ImportFrom)) for node in tree.body]
+        if any(kinds) and any(isinstance(node, DEFINES) for node in tree.body):
+            wrong.append(
+                f"{nb.name}, cell {i}: imports and other code in one cell; give the imports a cell of their own"
+            )
+    return wrong
+
+
+def find(root: Path) -> list[Notebook]:
+    found = [p for p in root.rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(root).parts)]
+    return [read(p) for p in sorted(found)]
+
+
+def check(root: Path = ROOT) -> list[str]:
+    notebooks = find(root)
+    wrong = check_numbers(notebooks) + check_order(notebooks)
+    for nb in notebooks:
+        wrong += check_cells(nb)
+    return wrong
+
+
+def main() -> int:
+    wrong = check()
+    for line in wrong:
+        print(line, file=sys.stderr)
+    count = len(find(ROOT))
+    print(f"import order and cells: {count} notebooks, {len(wrong)} complaints")
+    return 1 if wrong or not count else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
