@@ -219,7 +219,7 @@ def error_budget(
     magnitude: Float[Tensor, "..."] | None = None,  # sums of absolute terms; None is |reference|
     terms: int = 1,  # how many terms the longest sum has
 ) -> Float[Tensor, "..."]:
-    """The error allowed at each entry: `2 * max|plain - reference| + (2 * eps + sqrt(terms) * eps_sum) * magnitude`.
+    """The error allowed at each entry: `2 max|plain - reference| + (3/2 eps + sqrt(terms) / 2 * eps_sum) * magnitude`.
 
     `eps` is that of `plain.dtype`, `eps_sum` that of the dtype sums are kept in (float32, or float64 for float64).
     """
@@ -227,7 +227,7 @@ def error_budget(
     eps_sum = torch.finfo(torch.float64 if plain.dtype == torch.float64 else torch.float32).eps
     size = reference.abs() if magnitude is None else magnitude
     worst = (plain.detach().to("cpu", torch.float64) - reference).abs().max()
-    return 2 * worst + (2 * eps + terms**0.5 * eps_sum) * size
+    return 2 * worst + (1.5 * eps + terms**0.5 / 2 * eps_sum) * size
 
 
 def assert_within_budget(
@@ -273,12 +273,13 @@ def _magnitudes(
     hk, scale = k.shape[2], q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v, dout = (x.detach().to("cpu", torch.float64) for x in (q, k, v, dout / divisor))
     k, v = (repeat(x, "b n h d -> b n (h g) d", g=q.shape[2] // hk) for x in (k, v))
-    logits = torch.einsum("bihd,bjhd->bhij", q, k) * scale
-    weights, _ = _joint_softmax(logits, _unpadded(counts, key_padding_mask), zeros)
+    dots, walk = (lambda a, b: torch.einsum("bihd,bjhd->bhij", a, b)), (lambda a, b: dots(a**2, b**2).sqrt())
+    weights, _ = _joint_softmax(dots(q, k) * scale, _unpadded(counts, key_padding_mask), zeros)
+    weights = weights * (1 + walk(q, k) * scale)
     q, k, v, dout = (x.abs() for x in (q, k, v, dout))
     out = torch.einsum("bhij,bjhd->bihd", weights, v)
-    ds = torch.einsum("bihd,bjhd->bhij", dout, v) + torch.einsum("bihd,bihd->bhi", dout, out)[..., None]
-    ds = ds * weights * scale
+    rows = torch.einsum("bihd,bihd->bhi", dout**2, out**2).sqrt()[..., None]
+    ds = weights * (walk(dout, v) + rows) * scale
     dk = torch.einsum("bhij,bihd->bjhd", ds, q)
     dv = torch.einsum("bhij,bihd->bjhd", weights, dout)
     dk, dv = (x.unflatten(2, (hk, -1)).sum(3) for x in (dk, dv))
