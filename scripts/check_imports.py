@@ -3,8 +3,8 @@
     python scripts/check_imports.py
 
 It also checks what keeps the notebooks exportable and readable as pages: one number and one module for each notebook,
-a title cell of its own (what else stands in it is lost on the site), imports in cells of their own (the site runs
-every cell that imports something), sources stored as lines, unique cell ids, and the size.
+a title cell of its own (what else stands in it is lost on the site), imports in cells of their own (where a notebook
+exports, the site runs every cell that imports something), sources stored as lines, unique cell ids, and the size.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def check_cells(nb: Notebook) -> list[str]:
                 wrong.append(f"{nb.name}, cell {i}: exported, but no Python")
             continue
         kinds = [isinstance(node, (ast.Import, ast.ImportFrom)) for node in tree.body]
-        if any(kinds) and any(isinstance(node, DEFINES) for node in tree.body):
+        if nb.modules and any(kinds) and any(isinstance(node, DEFINES) for node in tree.body):
             wrong.append(
                 f"{nb.name}, cell {i}: imports and other code in one cell; give the imports a cell of their own"
             )
