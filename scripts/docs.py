@@ -1,0 +1,365 @@
+"""Build the site into _docs/: with Quarto if it is installed, else an HTML preview with nbconvert.
+
+    python scripts/docs.py              build what changed
+    python scripts/docs.py --preview    the preview, even where Quarto is installed
+
+Both start from the same processed notebooks in _proc/, made with nbdev's processors, each in a process of its own:
+hidden cells are gone, every exported cell shows its documentation and then its source, names in backticks are links.
+Nothing is executed but imports and exported code; the outputs are those stored in the notebooks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+PROC = "_proc"
+EXPORT = re.compile(r"^(\s*#\|\s*)exporti?[ \t]*$", re.MULTILINE)
+HIDE = re.compile(r"^\s*#\|\s*hide\b", re.MULTILINE)
+DEFINES = re.compile(r"^(def |class |async def |@|[A-Za-z_]\w*\s*[:=])", re.MULTILINE)
+OPTION = re.compile(r"^#\|\s*([\w-]+):\s*(.*?)\s*$")
+SOURCE_LINK = re.compile(r"^\[source\]\([^)]*\)\{[^}]*\}\s*$|^\[source\]\([^)]*\)\s*$", re.MULTILINE)
+MATHS = re.compile(
+    r"\$\$(?P<block>.+?)\$\$|(?<![\\$\w])\$(?P<inline>[^\s$](?:[^$\n]*?[^\s$\\])?)\$(?![\d$])", re.DOTALL
+)
+CODE = re.compile(r"(^(`{3,}|~{3,}).*?^\2`*\s*?$|(?P<t>`+)(?!`).+?(?<!`)(?P=t)(?!`))", re.DOTALL | re.MULTILINE)
+QUARTO = """Quarto is not installed: writing a plain HTML preview instead.
+For the real site (search, cross-references, themes) install it from the download page of the Quarto project, or with
+`pip install quarto-cli`, `conda install -c conda-forge quarto` or `brew install --cask quarto`; then run this again."""
+
+
+@dataclass
+class Page:
+    source: Path  # relative to the repository
+    title: str
+
+    @property
+    def target(self) -> Path:
+        "Where the page goes in the site: numbers are dropped, as nbdev does, so that links survive renumbering."
+        return self.source.with_name(re.sub(r"^\d+[a-zA-Z0-9]*_", "", self.source.name.lower())).with_suffix(".html")
+
+
+def settings() -> dict[str, str]:
+    from nbdev.config import get_config
+
+    return get_config()
+
+
+# ---- processing -----------------------------------------------------------------------------------------------------
+
+
+def process(source: Path, target: Path) -> None:
+    "Run nbdev's processors over one notebook. Needs a fresh process: exported cells may register operators."
+    os.environ["IN_TEST"] = "1"
+    import ast
+
+    from execnb.nbio import read_nb, write_nb
+    from nbdev.processors import FilterDefaults, exec_show_docs
+
+    class RunExports(exec_show_docs):
+        "Run exported cells, documentation and cells of nothing but imports; never a lesson that imports something."
+
+        def __call__(self, cell):
+            shown = re.search(r"^show_doc\(", cell.source or "", re.MULTILINE)
+            if (
+                cell.cell_type == "code"
+                and not shown
+                and not {"export", "exports", "exporti"} & cell.directives_.keys()
+            ):
+                tree = cell.parsed_()
+                if not tree or not all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in tree):
+                    return
+            super().__call__(cell)
+
+    class Filter(FilterDefaults):
+        def base_procs(self):
+            return [RunExports if p is exec_show_docs else p for p in super().base_procs()]
+
+    sys.path.insert(0, str(ROOT))
+    nb = read_nb(source)
+    os.chdir(source.parent)
+    for cell in nb.cells:
+        if cell.cell_type == "code" and DEFINES.search(cell.source) and not HIDE.search(cell.source):
+            cell.source = EXPORT.sub(r"\1exports", cell.source)  # which shows the source as well
+    Filter()(nb)
+    cfg = settings()
+    site = f"{cfg['doc_host']}{cfg['doc_baseurl']}/"
+    up = "../" * len(source.relative_to(ROOT).parent.parts)
+    for cell in nb.cells:
+        cell.source = (cell.source or "").replace(site, up)
+        for out in cell.get("outputs", []):
+            data = out.get("data", {})
+            for kind in [k for k in data if k.startswith("text/")]:
+                joined = data[kind] if isinstance(data[kind], str) else "".join(data[kind])
+                data[kind] = SOURCE_LINK.sub("", joined.replace(site, up)).splitlines(keepends=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_nb(nb, target)
+
+
+def process_all(sources: list[Path], proc: Path) -> None:
+    "Process the notebooks that changed, copy everything else that pages need."
+    cfg = settings()
+    newest = max(Path(p).stat().st_mtime for p in (__file__, ROOT / "settings.ini", ROOT / "_quarto.yml"))
+    package = max((p.stat().st_mtime for p in (ROOT / cfg.lib_path.name).glob("*.py")), default=0)
+    jobs = []
+    for source in sources:
+        target = proc / source.relative_to(ROOT)
+        if source.suffix != ".ipynb":
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target)
+        elif not target.exists() or target.stat().st_mtime < max(newest, package, source.stat().st_mtime):
+            jobs.append([sys.executable, __file__, "--process", str(source), str(target)])
+    for known in list(proc.rglob("*.ipynb")) + list(proc.rglob("*.qmd")):
+        if not (ROOT / known.relative_to(proc)).exists():
+            known.unlink()
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for job, done in zip(jobs, pool.map(lambda j: subprocess.run(j, capture_output=True, text=True), jobs)):
+            if done.returncode:
+                raise SystemExit(f"{job[3]}: could not be processed\n{done.stdout}{done.stderr}")
+    for folder in ("images", "nbs/images"):
+        if (ROOT / folder).is_dir():
+            shutil.copytree(ROOT / folder, proc / folder, dirs_exist_ok=True)
+
+
+def title_of(path: Path) -> str:
+    "The title in a page's front matter, or its name."
+    if path.suffix == ".ipynb":
+        from execnb.nbio import read_nb
+
+        raw = [c.source for c in read_nb(path).cells if c.cell_type == "raw"]
+        front = raw[0] if raw else ""
+    else:
+        front = path.read_text(encoding="utf-8")
+    match = re.match(r"\s*---\n(.*?)\n---", front, re.DOTALL)
+    return str((yaml.safe_load(match[1]) or {}).get("title", path.stem)) if match else path.stem
+
+
+def find_pages(proc: Path) -> tuple[list[Path], list[Page]]:
+    "All sources, and after processing their pages in reading order."
+    sources = [ROOT / "index.ipynb", *sorted((ROOT / "nbs").rglob("*.ipynb")), *sorted((ROOT / "nbs").rglob("*.qmd"))]
+    sources = [s for s in sources if s.exists() and not any(p[0] in "._" for p in s.relative_to(ROOT).parts)]
+    process_all(sources, proc)
+    return sources, [Page(s.relative_to(ROOT), title_of(proc / s.relative_to(ROOT))) for s in sources]
+
+
+def sections(pages: list[Page]) -> dict[str, list[Page]]:
+    "The pages by folder: the index, the layers, the explanations."
+    found: dict[str, list[Page]] = {}
+    for page in pages:
+        parts = page.source.parent.parts
+        found.setdefault(" / ".join(p.capitalize() for p in parts[1:]) or ("Layers" if parts else ""), []).append(page)
+    return found
+
+
+# ---- Quarto ---------------------------------------------------------------------------------------------------------
+
+
+def quarto(pages: list[Page], proc: Path, out: Path) -> None:
+    "Render the processed pages with Quarto."
+    cfg = settings()
+    contents: list = []
+    for name, group in sections(pages).items():
+        files = [p.source.as_posix() for p in group]
+        contents += [{"section": name, "contents": files}] if name else files
+    site = dict(title=cfg["title"], description=cfg["description"])
+    site |= {"site-url": f"{cfg['doc_host']}{cfg['doc_baseurl']}"}
+    project = {"project": {"output-dir": out.name, "render": [p.source.as_posix() for p in pages]}, "website": site}
+    (proc / "nbdev.yml").write_text(yaml.safe_dump(project, sort_keys=False))
+    (proc / "sidebar.yml").write_text(yaml.safe_dump({"website": {"sidebar": {"contents": contents}}}, sort_keys=False))
+    shutil.copy2(ROOT / "_quarto.yml", proc / "_quarto.yml")
+    done = subprocess.run(["quarto", "render", str(proc), "--no-execute"])
+    if done.returncode:
+        raise SystemExit(f"quarto failed with {done.returncode}")
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.move(proc / out.name, out)
+
+
+# ---- preview --------------------------------------------------------------------------------------------------------
+
+
+def mathml(text: str) -> str:
+    "Replace `$..$` and `$$..$$` outside code by MathML, which browsers draw without a script."
+    from latex2mathml.converter import convert
+
+    def replace(match: re.Match) -> str:
+        block = match["block"] is not None
+        try:
+            source = (match["block"] or match["inline"]).strip().replace("{aligned}", "{align*}")  # the name it knows
+            drawn = convert(source, display="block" if block else "inline")
+        except Exception as error:  # any of the converter's own errors: say which formula, show it as it is
+            print(f"formula not understood, shown as TeX: {match[0]!r} ({error!r})", file=sys.stderr)
+            return match[0]
+        return drawn.replace("|", "&#124;").replace("\n", " ")
+
+    pieces, at = [], 0
+    for code in CODE.finditer(text):
+        pieces += [MATHS.sub(replace, text[at : code.start()]), code[0]]
+        at = code.end()
+    return "".join([*pieces, MATHS.sub(replace, text[at:])])
+
+
+def plain_markdown(text: str, links: dict[str, str]) -> str:
+    "Markdown without Quarto's own marks: divs, attributes, executable fences, links to sources."
+    text = re.sub(r"^:{3,}\s*\{([^}]*)\}\s*$", _div, text, flags=re.MULTILINE)
+    text = re.sub(r"^:{3,}\s*$", "\n</div>\n", text, flags=re.MULTILINE)
+    text = re.sub(r"^```\{(\w+)[^}]*\}", r"```\1", text, flags=re.MULTILINE)
+    text = re.sub(r"^(#+ .*?)\s*\{[^}]*\}\s*$", r"\1", text, flags=re.MULTILINE)
+    text = re.sub(r"\]\(([^)#\s]+\.(?:ipynb|qmd))(#[^)]*)?\)", lambda m: _link(m, links), text)
+    return mathml(text)
+
+
+def _div(match: re.Match) -> str:
+    names = [part[1:] for part in match[1].split() if part.startswith(".")]
+    callout = any(name.startswith("callout") for name in names)
+    return f'\n<div class="{html.escape(" ".join([*names, *(["callout"] if callout else [])]))}">\n'
+
+
+def _link(match: re.Match, links: dict[str, str]) -> str:
+    "Point a link to a notebook or page at what is made of it."
+    name = Path(match[1]).name
+    if name not in links:
+        print(f"link to {match[1]}, which is no page here", file=sys.stderr)
+    folder = match[1][: -len(name)]
+    return f"]({folder}{links.get(name, name)}{match[2] or ''})"
+
+
+def as_notebook(path: Path):
+    "A processed page as a notebook; a .qmd becomes one markdown cell."
+    import nbformat
+
+    if path.suffix == ".ipynb":
+        return nbformat.read(path, as_version=4)
+    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(path.read_text(encoding="utf-8"))])
+
+
+def tidy(nb, links: dict[str, str]):
+    "Apply the `#|` options that remain after processing, and turn front matter into a heading."
+    import nbformat
+
+    cells = []
+    for cell in nb.cells:
+        if cell.cell_type != "code":
+            front = re.match(r"\s*---\n(.*?)\n---\s*", cell.source, re.DOTALL) if not cells else None
+            if front:
+                meta = yaml.safe_load(front[1]) or {}
+                head = f"# {meta.get('title', '')}\n"
+                if meta.get("description"):
+                    head += f'\n<p class="lead">{html.escape(str(meta["description"]))}</p>\n'
+                cells.append(nbformat.v4.new_markdown_cell(head))
+            rest = cell.source[front.end() :] if front else cell.source
+            if rest.strip() and cell.cell_type == "markdown":
+                cells.append(nbformat.v4.new_markdown_cell(plain_markdown(rest, links)))
+            continue
+        lines = cell.source.splitlines()
+        options = {m[1]: m[2] for line in lines if (m := OPTION.match(line))}
+        if options.get("include") == "false":
+            continue
+        cell.source = "\n".join(line for line in lines if not line.startswith("#|")).strip("\n")
+        cell.metadata["tags"] = ["no-input"] if options.get("echo") == "false" or not cell.source else []
+        if options.get("output") == "false":
+            cell.outputs = []
+        for out in cell.outputs:
+            if "text/markdown" in out.get("data", {}):
+                out.data["text/markdown"] = plain_markdown(out.data["text/markdown"], links)
+        if cell.outputs or "no-input" not in cell.metadata["tags"]:
+            cells.append(cell)
+    nb.cells = cells
+    return nb
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<link rel="stylesheet" href="{up}preview.css">
+</head>
+<body>
+<nav>
+{nav}
+</nav>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
+
+
+def navigation(pages: list[Page], here: Page) -> str:
+    up = "../" * len(here.target.parent.parts)
+    lines = []
+    for name, group in sections(pages).items():
+        lines += [f"<b>{html.escape(name)}</b>"] if name else []
+        for page in group:
+            mark = ' class="here"' if page == here else ""
+            lines.append(f'<a href="{up}{page.target.as_posix()}"{mark}>{html.escape(page.title)}</a>')
+    return "\n".join(lines)
+
+
+def preview(pages: list[Page], proc: Path, out: Path) -> None:
+    "Render the processed pages with nbconvert."
+    from nbconvert import HTMLExporter
+    from traitlets.config import Config
+
+    config = Config()
+    config.TagRemovePreprocessor.enabled = True
+    config.TagRemovePreprocessor.remove_input_tags = {"no-input"}
+    config.HTMLExporter.exclude_input_prompt = True
+    config.HTMLExporter.exclude_output_prompt = True
+    config.HTMLExporter.preprocessors = ["nbconvert.preprocessors.TagRemovePreprocessor"]
+    exporter = HTMLExporter(config=config, template_name="basic")
+    links = {page.source.name: page.target.name for page in pages}
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    for page in pages:
+        body, _ = exporter.from_notebook_node(tidy(as_notebook(proc / page.source), links))
+        target = part / page.target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        up = "../" * len(page.target.parent.parts)
+        text = PAGE.format(title=html.escape(page.title), up=up, nav=navigation(pages, page), body=body)
+        target.write_text(text, encoding="utf-8")
+    shutil.copy2(Path(__file__).with_name("preview.css"), part / "preview.css")
+    for folder in ("images", "nbs/images"):
+        if (proc / folder).is_dir():
+            shutil.copytree(proc / folder, part / folder)
+    shutil.rmtree(out, ignore_errors=True)
+    part.rename(out)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preview", action="store_true", help="use nbconvert even where Quarto is installed")
+    parser.add_argument("--process", nargs=2, type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.process:
+        process(*args.process)
+        return 0
+    os.chdir(ROOT)
+    proc, out = ROOT / PROC, ROOT / settings().doc_path.name
+    _, pages = find_pages(proc)
+    if shutil.which("quarto") and not args.preview:
+        quarto(pages, proc, out)
+    else:
+        if not args.preview:
+            print(QUARTO)
+        preview(pages, proc, out)
+    print(f"{len(pages)} pages in {out.name}/: open {out.name}/index.html")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
