@@ -1,0 +1,68 @@
+"""The package root: complete, lazy, typed."""
+
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dilated_attention_nb
+
+PACKAGE = Path(dilated_attention_nb.__file__).parent
+MODULES = sorted(m.name for m in pkgutil.iter_modules([str(PACKAGE)]) if not m.name.startswith("_"))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_public_name_is_at_the_root(module):
+    home = importlib.import_module(f"dilated_attention_nb.{module}")
+    assert getattr(dilated_attention_nb, module) is home
+    for name in home.__all__:
+        assert getattr(dilated_attention_nb, name) is getattr(home, name), name
+        assert name in dilated_attention_nb.__all__ and name in dir(dilated_attention_nb)
+
+
+def test_the_root_promises_nothing_that_is_not_there():
+    exported = {
+        name for module in MODULES for name in importlib.import_module(f"dilated_attention_nb.{module}").__all__
+    }
+    assert set(dilated_attention_nb.__all__) == exported | {"__version__"}
+    with pytest.raises(AttributeError, match="no attribute 'dilated_atention'"):
+        dilated_attention_nb.dilated_atention  # noqa: B018
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_importing_the_root_imports_nothing_else():
+    heavy = ("torch", "matplotlib", "numpy", "nbdev", "fastcore", "execnb", "IPython", "tqdm", "safetensors")
+    assert run(f"import sys, dilated_attention_nb; print([m for m in {heavy} if m in sys.modules])") == "[]"
+
+
+def test_attention_needs_neither_plots_nor_notebook_tools():
+    heavy = ("matplotlib", "nbdev", "fastcore", "execnb", "IPython")
+    code = "import sys; from dilated_attention_nb import dilated_attention; "
+    assert run(code + f"print([m for m in {heavy} if m in sys.modules])") == "[]"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_public_callables_are_documented(module):
+    home = importlib.import_module(f"dilated_attention_nb.{module}")
+    public = [getattr(home, name) for name in home.__all__]
+    bare = [o.__name__ for o in public if (inspect.isfunction(o) or inspect.isclass(o)) and not inspect.getdoc(o)]
+    assert not bare
+
+
+def test_version_is_that_of_the_settings():
+    from configparser import ConfigParser
+
+    parser = ConfigParser(delimiters=["="])
+    parser.read(PACKAGE.parent / "settings.ini")
+    assert dilated_attention_nb.__version__ == parser["DEFAULT"]["version"]
+
+
+def test_the_package_is_marked_as_typed():
+    assert (PACKAGE / "py.typed").exists()
