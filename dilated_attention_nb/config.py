@@ -106,7 +106,7 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
         raise ValueError(complaint(name, rule, reprlib.repr(value), f"did you mean {nearest(value, choices)!r}?"))
     return value
 
-# %% ../nbs/00_config.ipynb #dad2e585
+# %% ../nbs/00_config.ipynb #e656fa8d
 def check_ints(name: str, values: Any) -> tuple[int, ...]:
     "A list, tuple or one-dimensional array of integers of at least 1, as a tuple; empty is a `ValueError`."
     items = values.tolist() if hasattr(values, "tolist") else values
@@ -121,7 +121,7 @@ def check_branches(segment_lengths: Any, dilation_rates: Any) -> tuple[tuple[int
     "Both as tuples of equal length: branch g is the pair `(segment_lengths[g], dilation_rates[g])`."
     lengths, rates = check_ints("segment_lengths", segment_lengths), check_ints("dilation_rates", dilation_rates)
     if len(lengths) != len(rates):
-        got = f"{len(lengths)} {reprlib.repr(lengths)} and {len(rates)} {reprlib.repr(rates)}"
+        got = f"{reprlib.repr(lengths)} and {reprlib.repr(rates)}"
         rule = "be as long as dilation_rates"
         raise ValueError(complaint("segment_lengths", rule, got, "give every branch one of each"))
     return lengths, rates
@@ -150,7 +150,7 @@ def check_length(n: int, segment_lengths: Sequence[int], ragged: str) -> None:
             advice = f"pass ragged='mask', pad to {above}" + (f" or cut to {below}" if below else "")
             raise ValueError(f"sequence length {n} is not a multiple of segment length {w}; {advice}")
 
-# %% ../nbs/00_config.ipynb #1d969ea1
+# %% ../nbs/00_config.ipynb #400490a7
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BNHD = "[batch, seq, heads, head_dim]"
 
@@ -188,7 +188,7 @@ def check_padding(mask: Any, k: Tensor) -> None:
     if mask.dtype != torch.bool:
         raise TypeError(complaint(name, "be bool, True for padding", mask.dtype, "compare first, as in mask == 0"))
     if tuple(mask.shape) != shape:
-        raise ValueError(complaint(name, f"have shape [batch, keys] = {shape}", tuple(mask.shape), "one per key"))
+        raise ValueError(complaint(name, f"have shape [batch, keys] = {shape}", tuple(mask.shape), "one entry per key"))
     if mask.device != k.device:
         raise ValueError(complaint(name, f"be on k's device {k.device}", mask.device, "move it there"))
 

@@ -73,9 +73,9 @@ def _styled(draw: Callable[_P, _T]) -> Callable[_P, _T]:
 
 
 def _new_axes(ax: Axes | None, width: float, height: float) -> Axes:
-    "`ax`, or the axes of a new figure of that size in inches (at most 6 x 4)."
+    "`ax`, or the axes of a new figure of that size in inches (cut to 5.9 x 4)."
     if ax is None:
-        _, ax = plt.subplots(figsize=(min(width, 6.0), min(height, 4.0)), layout="constrained")
+        _, ax = plt.subplots(figsize=(min(width, 5.9), min(height, 4.0)), layout="constrained")
     return ax
 
 # %% ../nbs/02_plotting.ipynb #5963ccbf
@@ -94,10 +94,10 @@ def _to_array(values: Any) -> np.ndarray:
     return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
 
 
-def _draw_cells(ax: Axes, codes: np.ndarray, colors: Sequence[str]) -> None:
-    "Square cells: code 0 is paper, code c is `colors[c - 1]`; thin white lines between cells as long as they fit."
-    cmap, line = ListedColormap([PAPER, *colors]), 0.0 if max(codes.shape) > 64 else 12 / max(16, *codes.shape)
-    edges: Any = {"edgecolors": "white", "linewidth": line} if line else {}
+def _draw_cells(ax: Axes, codes: np.ndarray, colors: Sequence[str], lines: bool = True) -> None:
+    "Square cells: code 0 is paper, code c is `colors[c - 1]`, masked ones stay white; thin lines between up to 64."
+    cmap, line = ListedColormap([PAPER, *colors]), 12 / max(16, *codes.shape)
+    edges: Any = {"edgecolors": "white", "linewidth": line} if lines and max(codes.shape) <= 64 else {}
     ax.pcolormesh(codes, cmap=cmap, vmin=-0.5, vmax=len(colors) + 0.5, **edges)
     ax.set_aspect("equal")
     ax.set_ylim(codes.shape[0], 0)
@@ -164,14 +164,15 @@ def head_branches(config: DilatedAttentionConfig, num_heads: int) -> list[list[t
 def plot_branches(config: DilatedAttentionConfig, n: int, num_heads: int, ax: Axes | None = None) -> Axes:
     "One row for each head: its segments as boxes, the tokens on its grids in the colour of the branch."
     heads = head_branches(config, check_int("num_heads", num_heads))
-    ax = _new_axes(ax, 6.0, 0.9 + 0.14 * sum(map(len, heads)) + 0.08 * num_heads)
+    ax = _new_axes(ax, 5.9, 0.9 + 0.14 * sum(map(len, heads)) + 0.08 * num_heads)
     for h, branches in enumerate(heads):
         height = 0.84 / len(branches)
         for stripe, (g, offset) in enumerate(branches):
             w, r, color = config.segment_lengths[g], config.dilation_rates[g], PALETTE[g % len(PALETTE)]
             band = (h + 0.08 + stripe * height, height * 0.9)
-            ax.broken_barh([(a + 0.1, min(w, n - a) - 0.2) for a in range(0, n, w)], band, facecolor=color, alpha=0.18)
+            ax.broken_barh([(a + 0.1, min(w, n - a) - 0.2) for a in range(0, n, w)], band, facecolor=color, alpha=0.15)
             ax.broken_barh([(t + 0.1, 0.8) for t in range(n) if t % w % r == offset], band, facecolor=color)
+            ax.vlines(range(w, n, w), band[0] - 0.02, sum(band) + 0.02, color=INK, linewidth=1.5)
     labels = [f"w = {w}, r = {r}" for w, r in zip(config.segment_lengths, config.dilation_rates)]
     handles = [plt.Rectangle((0, 0), 1, 1, color=PALETTE[g % len(PALETTE)]) for g in range(len(labels))]
     ax.legend(handles, labels, ncols=5, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0.1, handlelength=1)
@@ -182,13 +183,14 @@ def plot_branches(config: DilatedAttentionConfig, n: int, num_heads: int, ax: Ax
     ax.tick_params(length=0)
     return ax
 
-# %% ../nbs/02_plotting.ipynb #3c89f63d
+# %% ../nbs/02_plotting.ipynb #5c99c5de
 def pattern_codes(config: DilatedAttentionConfig, n: int, is_causal: bool, head: int, num_heads: int) -> np.ndarray:
-    "For each cell 1 + the number of the branch, one grid for each branch of the head: `[branches, n, n]`."
-    branches = head_branches(config, num_heads)[head]
-    pairs = zip(config.segment_lengths, config.dilation_rates)
-    grids = dict(enumerate(pairs))
-    return np.stack([(g + 1) * naive_mask(n, *grids[g], offset, is_causal).astype(int) for g, offset in branches])
+    "For each cell 1 + the number of the branch or 0, a grid for each branch of the head: `[branches, n, n]`."
+    grids = []
+    for g, offset in head_branches(config, num_heads)[head]:
+        mask = naive_mask(n, config.segment_lengths[g], config.dilation_rates[g], offset, is_causal)
+        grids.append(mask.astype(int) * (g + 1))
+    return np.stack(grids)
 
 
 def finest_branch(codes: np.ndarray) -> np.ndarray:
@@ -196,27 +198,40 @@ def finest_branch(codes: np.ndarray) -> np.ndarray:
     return np.where(codes > 0, codes, codes.max() + 1).min(axis=0) % (codes.max() + 1)
 
 
+def _every(r: int) -> str:
+    "How often a rate of r takes a token, in words."
+    suffix = {1: "st", 2: "nd", 3: "rd"}.get(r % 10 if r % 100 not in (11, 12, 13) else 0, "th")
+    return "every token" if r == 1 else f"every {r}{suffix}"
+
+
 @_styled
 def plot_patterns(
     config: DilatedAttentionConfig, n: int = 32, is_causal: bool = True, head: int = 0, num_heads: int = 4
 ) -> Figure:
-    "Each branch of a head in a small panel, and their union in a large one."
+    "Each branch of a head in a small panel, their union in a large one; what is in the future stays white."
     codes = pattern_codes(config, n, is_causal, head, num_heads)
-    figure = plt.figure(figsize=(6.0, 4.0), layout="constrained")
-    grid = figure.add_gridspec(len(codes), 2, width_ratios=(1, 3.2))
+    future = np.triu(np.full((n, n), is_causal), 1)
+    figure = plt.figure(figsize=(5.9, 4.0), layout="constrained")
+    grid = figure.add_gridspec(len(codes), 2, width_ratios=(1, 3.4))
+    union = figure.add_subplot(grid[:, 1])
     for row, code in enumerate(codes):
         g, ax = code.max() - 1, figure.add_subplot(grid[row, 0])
-        _draw_cells(ax, code, PALETTE)
+        w, r = config.segment_lengths[g], config.dilation_rates[g]
+        _draw_cells(ax, np.ma.masked_where(future, code), PALETTE, lines=False)
         ax.set(xticks=[], yticks=[])
-        ax.set_title(f"w = {config.segment_lengths[g]}, r = {config.dilation_rates[g]}", color=PALETTE[g])
-    ax, union = figure.add_subplot(grid[:, 1]), finest_branch(codes)
-    _draw_cells(ax, union, PALETTE)
-    _token_ticks(ax, n, n)
-    cells, full = np.count_nonzero(union), n * (n + 1) // 2 if is_causal else n * n
-    ax.set(xlabel="key", ylabel="query", title=f"together: {cells} of the {full} pairs of full attention")
+        ax.set_title(f"w = {w}, r = {r}", color=PALETTE[g])
+        if is_causal:
+            words = f"{_every(r)} in its segment of {w}"
+            union.text(n, 1.0 + n * row / 16, words, color=PALETTE[g], ha="right", va="center", weight="bold")
+    cells = finest_branch(codes)
+    _draw_cells(union, np.ma.masked_where(future, cells), PALETTE)
+    _token_ticks(union, n, n)
+    pairs = n * (n + 1) // 2 if is_causal else n * n
+    title = f"together: {np.count_nonzero(cells)} of the {pairs} pairs of full attention"
+    union.set(xlabel="key", ylabel="query", title=title)
     return figure
 
-# %% ../nbs/02_plotting.ipynb #5aab8586
+# %% ../nbs/02_plotting.ipynb #9e948cb8
 def reached(mask: Any, token: int, layers: int) -> np.ndarray:
     "Which inputs influence `token` after 0 ... `layers` layers, bool `[layers + 1, n]`; mask `[n, n]` or `[h, n, n]`."
     masks = _to_array(mask).astype(bool)
@@ -231,7 +246,7 @@ def reached(mask: Any, token: int, layers: int) -> np.ndarray:
 def plot_reach(mask: Any, token: int, layers: int = 3, ax: Axes | None = None) -> Axes:
     "The inputs that influence `token`, a row for each number of layers passed."
     rows = reached(mask, token, layers)
-    ax = _new_axes(ax, 6.0, 0.9 + 0.25 * len(rows))
+    ax = _new_axes(ax, 5.9, 0.9 + 0.25 * len(rows))
     _draw_cells(ax, rows.astype(int) * np.arange(1, len(rows) + 1)[:, None], [INK, *PALETTE] * len(rows))
     ax.set_aspect("auto")
     _token_ticks(ax, 1, rows.shape[1])
