@@ -42,15 +42,17 @@ __all__ = [
 {exported}]
 
 
-def __getattr__(name: str) -> Any:
-    "Find a public name, or a module, on first use (PEP 562)."
-    if name in _NAMES:
-        return import_module(f"{{__name__}}.{{name}}")
-    if name not in _HOME:
-        raise AttributeError(f"module {{__name__!r}} has no attribute {{name!r}}")
-    value = getattr(import_module(f"{{__name__}}.{{_HOME[name]}}"), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # or every name would pass for one of ours
+
+    def __getattr__(name: str) -> Any:
+        "Find a public name, or a module, on first use (PEP 562)."
+        if name in _NAMES:
+            return import_module(f"{{__name__}}.{{name}}")
+        if name not in _HOME:
+            raise AttributeError(f"module {{__name__!r}} has no attribute {{name!r}}")
+        value = getattr(import_module(f"{{__name__}}.{{_HOME[name]}}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
