@@ -2,12 +2,27 @@
 
 # %% auto #0
 __all__ = ['attends', 'head_branches', 'oracle_counts', 'oracle_attention', 'make_qkv', 'plain_attention', 'error_budget',
-           'assert_within_budget', 'check_against_oracle']
+           'assert_within_budget', 'check_against_oracle', 'assert_causal', 'assert_batch_independent', 'AttentionCase',
+           'attention_cases', 'SavedTensors', 'saved_for_backward', 'PeakMemory', 'peak_memory', 'demo_fill',
+           'spawn_gloo', 'demo_ring', 'demo_failure']
 
 # %% ../nbs/01_testing.ipynb #315f2e7b
+import faulthandler
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
 from functools import lru_cache
+from importlib import import_module
 from math import ceil
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -23,60 +38,61 @@ from dilated_attention_nb.config import (
     check_branches,
     check_choice,
     check_heads,
+    check_int,
     check_length,
     check_qkv,
     check_scale,
 )
 
-# %% ../nbs/01_testing.ipynb #5be26146
+# %% ../nbs/01_testing.ipynb #2fedb040
 def attends(
     i: int,  # position of the query
     j: int,  # position of the key
-    w: int,  # segment length of the branch
-    r: int,  # dilation rate of the branch
-    s: int,  # offset of the grid, 0 <= s < r
+    w: int,  # segment length, at least 1
+    r: int,  # dilation rate, at least 1
+    s: int,  # offset, 0 <= s < r
     is_causal: bool = False,
 ) -> bool:
-    "Whether query `i` sees key `j` in one branch (LongNet, Ding et al. 2023, arXiv:2307.02486, section 2)."
+    "Whether query `i` sees key `j` in one branch (LongNet, Ding et al. 2023, arXiv:2307.02486, eqs. 3 to 5)."
     same_segment = i // w == j // w
     on_grid = (i % w) % r == s and (j % w) % r == s
     return same_segment and on_grid and (j <= i or not is_causal)
 
-# %% ../nbs/01_testing.ipynb #83bef7ec
+# %% ../nbs/01_testing.ipynb #714296f6
 def head_branches(
     head: int,  # 0 <= head < num_heads
     num_heads: int,
     dilation_rates: tuple[int, ...],
     mixing: str = "groups",
     offsets: str = "blocked",
-) -> list[tuple[int, int]]:  # (branch, offset) pairs, the branches this head takes
-    "The branches a head takes and its offset in each: one branch for `groups`, all of them for `softmax`."
+) -> list[tuple[int, int]]:  # (branch, offset) of each branch that the head takes
+    "The branches a head takes, each with the head's offset in it (LongNet, arXiv:2307.02486, section 2.4)."
     if mixing == "groups":
         num_groups = len(dilation_rates)
         sizes = [num_heads // num_groups + (g < num_heads % num_groups) for g in range(num_groups)]
-        owner = [g for g, size in enumerate(sizes) for _ in range(size)][head]
-        return [(owner, owner % dilation_rates[owner])]
+        group = [g for g, size in enumerate(sizes) for _ in range(size)][head]
+        return [(group, group % dilation_rates[group])]
     if offsets == "blocked":
         return [(g, head // ceil(num_heads / r)) for g, r in enumerate(dilation_rates)]
     return [(g, head % r) for g, r in enumerate(dilation_rates)]
 
-# %% ../nbs/01_testing.ipynb #2fedb040
+# %% ../nbs/01_testing.ipynb #3ce169c1
 @lru_cache(maxsize=128)
 def _branch_mask(nq: int, nk: int, w: int, r: int, s: int, is_causal: bool) -> Bool[Tensor, "nq nk"]:
-    "`attends` for every query (the last `nq` positions) and key, one by one."
+    "`attends` for every pair; the queries are the last `nq` positions."
     queries = range(nk - nq, nk)
     return torch.tensor([[attends(i, j, w, r, s, is_causal) for j in range(nk)] for i in queries])
 
 
 @lru_cache(maxsize=1024)
 def _branch_zeros(nq: int, nk: int, w: int, r: int, s: int) -> Int[Tensor, " nq"]:
-    "The zero keys that fill each query's grid up to `ceil(w / r)` slots; 0 for a query off the grid."
-    mask = _branch_mask(nq, nk, w, r, s, False)
-    return torch.tensor([(ceil(w / r) - int(row.sum())) if row.any() else 0 for row in mask])
+    "The zero keys that fill each query's segment up to `ceil(w / r)` keys; 0 for a query off the grid."
+    keys = [int(row.sum()) for row in _branch_mask(nq, nk, w, r, s, False)]
+    return torch.tensor([ceil(w / r) - found if found else 0 for found in keys])
 
-# %% ../nbs/01_testing.ipynb #cc333b64
+
 def oracle_counts(
-    nq: int,  # queries, 1 <= nq <= nk; they are the last positions
+    nq: int,  # queries, at most nk: they are the last positions
     nk: int,  # keys
     num_heads: int,
     segment_lengths: tuple[int, ...],
@@ -87,17 +103,19 @@ def oracle_counts(
     offsets: str = "blocked",
     ragged: str = "error",
 ) -> tuple[Int[Tensor, "h nq nk"], Int[Tensor, "h nq"]]:  # (counts, zeros)
-    """How often each key enters each query's softmax, and how many zero keys do.
+    """How often each key enters each query's softmax, and how many zero keys do (arXiv:2307.02486, section 2).
 
-    Raises `ValueError` or `TypeError` for what no path accepts (see `config`).
-    LongNet, arXiv:2307.02486, section 3.
+    Raises `ValueError` or `TypeError` for options that no path accepts, and for `nq > nk`.
     """
     segment_lengths, dilation_rates = check_branches(segment_lengths, dilation_rates)
-    check_choice("mixing", mixing, MIXINGS)
-    check_choice("offsets", offsets, OFFSETS)
-    check_choice("ragged", ragged, RAGGED)
-    check_heads(num_heads, len(segment_lengths), mixing)
-    check_length(nk, segment_lengths, ragged)
+    for name, value, choices in (
+        ("mixing", mixing, MIXINGS),
+        ("offsets", offsets, OFFSETS),
+        ("ragged", ragged, RAGGED),
+    ):
+        check_choice(name, value, choices)
+    check_heads(check_int("num_heads", num_heads), len(segment_lengths), mixing)
+    check_length(check_int("nk", nk, low=check_int("nq", nq)), segment_lengths, ragged)
     counts = torch.zeros(num_heads, nq, nk, dtype=torch.int64)
     zeros = torch.zeros(num_heads, nq, dtype=torch.int64)
     for head in range(num_heads):
@@ -108,11 +126,11 @@ def oracle_counts(
                 zeros[head] += _branch_zeros(nq, nk, w, r, s)
     return counts, zeros
 
-# %% ../nbs/01_testing.ipynb #0ba31870
+# %% ../nbs/01_testing.ipynb #9ca7624a
 def _joint_softmax(
     logits: Float[Tensor, "b h nq nk"], counts: Int[Tensor, "b h nq nk"], zeros: Int[Tensor, "h nq"]
 ) -> tuple[Float[Tensor, "b h nq nk"], Float[Tensor, "b h nq"]]:
-    "Weights `counts * exp(logits) / total` and `lse = log(total)`; a row without keys has weights 0 and lse -inf."
+    "`(counts * exp(logits) / exp(lse), lse)`; a row without keys has weights 0 and lse -inf."
     logits = logits.masked_fill(counts == 0, float("-inf"))
     fill = zeros[None, :, :, None]
     peak = logits.detach().amax(-1, keepdim=True)
@@ -125,14 +143,19 @@ def _joint_softmax(
     lse = (peak + safe.log()).masked_fill(empty, float("-inf"))
     return terms / safe, lse.squeeze(-1)
 
-# %% ../nbs/01_testing.ipynb #0350ec2b
+# %% ../nbs/01_testing.ipynb #8cd987ac
 def _unpadded(
     counts: Int[Tensor, "h nq nk"], key_padding_mask: Bool[Tensor, "b nk"] | None
 ) -> Int[Tensor, "b h nq nk"]:
-    "The counts of each batch row: a padding key counts 0 times."
+    "The counts for each batch row: a padding key counts 0 times."
     if key_padding_mask is None:
         return counts[None]
-    return counts[None].masked_fill(key_padding_mask.cpu()[:, None, None, :], 0)
+    return counts[None].masked_fill(key_padding_mask.to(counts.device)[:, None, None, :], 0)
+
+
+def _repeat_heads(x: Float[Tensor, "b n hk d"], num_heads: int) -> Float[Tensor, "b n h d"]:
+    "Key/value head m serves the query heads m * g ... m * g + g - 1."
+    return repeat(x, "b n h d -> b n (h g) d", g=num_heads // x.shape[2])
 
 
 def oracle_attention(
@@ -149,26 +172,22 @@ def oracle_attention(
     key_padding_mask: Bool[Tensor, "b nk"] | None = None,  # True is padding
     scale: float | None = None,  # None is d ** -0.5
 ) -> tuple[Float[Tensor, "b nq h d"], Float[Tensor, "b nq h"]]:  # (out, natural-log lse), float64 on the CPU
-    """Dilated attention by definition: one dense float64 softmax per head over the keys of `oracle_counts`.
+    """Dilated attention by definition: one dense float64 softmax per head (arXiv:2307.02486, eqs. 9 and 10).
 
     Differentiable. Rows without keys: out 0, lse -inf, gradient 0. `mixing="groups"` divides out by the number of
-    branches, as the public functions do; lse is that of the one branch.
-    Raises `ValueError` or `TypeError` for invalid input. LongNet, arXiv:2307.02486, section 3.
+    branches, as the public functions do; lse is that of the one branch. Raises what `check_qkv` and `oracle_counts` do.
     """
     check_qkv(q, k, v, key_padding_mask)
-    check_scale(scale)
-    counts, zeros = oracle_counts(
-        q.shape[1], k.shape[1], q.shape[2], segment_lengths, dilation_rates,
-        is_causal=is_causal, mixing=mixing, offsets=offsets, ragged=ragged,
-    )  # fmt: skip
-    q, k, v = (x.to("cpu", torch.float64) for x in (q, k, v))
-    k, v = (repeat(x, "b n h d -> b n (h g) d", g=q.shape[2] // x.shape[2]) for x in (k, v))
-    logits = torch.einsum("bihd,bjhd->bhij", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    options: dict[str, Any] = dict(is_causal=is_causal, mixing=mixing, offsets=offsets, ragged=ragged)
+    counts, zeros = oracle_counts(q.shape[1], k.shape[1], q.shape[2], segment_lengths, dilation_rates, **options)
+    factor = check_scale(scale) or q.shape[3] ** -0.5
+    q, k, v = (_repeat_heads(x.to("cpu", torch.float64), q.shape[2]) for x in (q, k, v))
+    logits = torch.einsum("bihd,bjhd->bhij", q, k) * factor
     weights, lse = _joint_softmax(logits, _unpadded(counts, key_padding_mask), zeros)
     out = torch.einsum("bhij,bjhd->bihd", weights, v)
     return out / (len(segment_lengths) if mixing == "groups" else 1), rearrange(lse, "b h i -> b i h")
 
-# %% ../nbs/01_testing.ipynb #b3bc476a
+# %% ../nbs/01_testing.ipynb #8752bada
 def make_qkv(
     b: int = 1,
     n: int = 32,  # queries
@@ -181,15 +200,14 @@ def make_qkv(
     nk: int | None = None,  # keys, None is n
     device: str | torch.device = "cpu",
 ) -> tuple[Float[Tensor, "b n h d"], Float[Tensor, "b nk hk d"], Float[Tensor, "b nk hk d"]]:
-    "Standard normal q, k, v: the same for a seed on every device, rounded to `dtype` from the same float64 numbers."
+    "Standard normal q, k, v: the same numbers for a seed, rounded to `dtype`."
     generator = torch.Generator().manual_seed(seed)
-    hk, nk = kv_heads or h, nk or n
-    shapes = [(b, n, h, d), (b, nk, hk, d), (b, nk, hk, d)]
-    made = [torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype) for s in shapes]
-    q, k, v = (x.requires_grad_(requires_grad) for x in made)
+    key_shape = (b, nk or n, kv_heads or h, d)
+    made = [torch.randn(s, generator=generator, dtype=torch.float64) for s in ((b, n, h, d), key_shape, key_shape)]
+    q, k, v = (x.to(device, dtype).requires_grad_(requires_grad) for x in made)
     return q, k, v
 
-# %% ../nbs/01_testing.ipynb #714296f6
+# %% ../nbs/01_testing.ipynb #704367a8
 def plain_attention(
     q: Float[Tensor, "b nq h d"],
     k: Float[Tensor, "b nk hk d"],
@@ -197,39 +215,41 @@ def plain_attention(
     counts: Int[Tensor, "h nq nk"],
     zeros: Int[Tensor, "h nq"],
     *,
-    divisor: int = 1,  # the number of branches for mixing="groups"
+    divisor: int = 1,  # the number of branches with mixing="groups"
     key_padding_mask: Bool[Tensor, "b nk"] | None = None,
     scale: float | None = None,
 ) -> Float[Tensor, "b nq h d"]:
     "What anyone would write: a dense softmax in the dtype of the input, with `log(counts)` added to the logits."
-    counts = _unpadded(counts, key_padding_mask).to(q.device)
-    k, v = (repeat(x, "b n h d -> b n (h g) d", g=q.shape[2] // x.shape[2]) for x in (k, v))
-    logits = torch.einsum("bihd,bjhd->bhij", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    bias = counts.double().log().to(q.dtype)
+    k, v = (_repeat_heads(x, q.shape[2]) for x in (k, v))
+    logits = torch.einsum("bihd,bjhd->bhij", q, k) * (q.shape[3] ** -0.5 if scale is None else scale)
+    seen = _unpadded(counts.to(q.device), key_padding_mask).double().log().to(q.dtype)
     fill = zeros.to(q.device).double().log().to(q.dtype)[None, :, :, None].expand(len(q), -1, -1, 1)
-    logits = torch.cat([logits + bias, fill], dim=-1)
+    logits = torch.cat([logits + seen, fill], dim=-1)  # the zero keys: one more key, with value 0
     empty = (logits == float("-inf")).all(-1, keepdim=True)
-    weights = torch.softmax(logits.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)[..., :-1]
-    return torch.einsum("bhij,bjhd->bihd", weights, v) / divisor
+    weights = torch.softmax(logits.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
+    return torch.einsum("bhij,bjhd->bihd", weights[..., :-1], v) / divisor
 
-# %% ../nbs/01_testing.ipynb #365eef4d
+# %% ../nbs/01_testing.ipynb #cd13532f
 def error_budget(
     reference: Float[Tensor, "..."],  # float64
-    plain: Float[Tensor, "..."],  # the same, computed plainly in the dtype under test
-    magnitude: Float[Tensor, "..."] | None = None,  # sums of absolute terms; None is |reference|
-    terms: int = 1,  # how many terms the longest sum has
+    plain: Float[Tensor, "..."],  # the same computed plainly, in the dtype under test
+    magnitude: Float[Tensor, "..."] | None = None,  # M, sums of absolute terms; None is |reference|
+    terms: int = 1,  # m, the terms in the longest sum
 ) -> Float[Tensor, "..."]:
-    """The error allowed at each entry: `2 max|plain - reference| + (3/2 eps + sqrt(terms) / 2 * eps_sum) * magnitude`.
+    """The error allowed at each entry: `2 max|plain - reference| + (3/2 eps + sqrt(terms)/2 eps_sum) * magnitude`.
 
-    `eps` is that of `plain.dtype`, `eps_sum` that of the dtype sums are kept in (float32, or float64 for float64).
+    `eps` is that of `plain.dtype`; `eps_sum` that of float32, or of float64 if `plain` is float64.
     """
-    eps = torch.finfo(plain.dtype).eps
-    eps_sum = torch.finfo(torch.float64 if plain.dtype == torch.float64 else torch.float32).eps
-    size = reference.abs() if magnitude is None else magnitude
     worst = (plain.detach().to("cpu", torch.float64) - reference).abs().max()
-    return 2 * worst + (1.5 * eps + terms**0.5 / 2 * eps_sum) * size
+    return 2 * worst + _rounding(plain.dtype, terms) * (reference.abs() if magnitude is None else magnitude)
 
 
+def _rounding(dtype: torch.dtype, terms: int) -> float:
+    "Three roundings to `dtype` and a sum of `terms` terms in float32 or wider, relative to the magnitude."
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    return 1.5 * torch.finfo(dtype).eps + terms**0.5 / 2 * torch.finfo(sums).eps
+
+# %% ../nbs/01_testing.ipynb #d5c9c74a
 def assert_within_budget(
     actual: Float[Tensor, "..."],
     reference: Float[Tensor, "..."],
@@ -240,64 +260,57 @@ def assert_within_budget(
 ) -> float:  # the largest error / budget, at most 1
     "Raise `AssertionError` (got, allowed, where) if `actual` is further from `reference` than `error_budget` allows."
     if actual.shape != reference.shape or actual.dtype != plain.dtype:
-        raise AssertionError(
-            f"{name}: got {actual.dtype} {tuple(actual.shape)}, expected {plain.dtype} {tuple(reference.shape)}"
-        )
-    reference = reference.detach()
-    allowed = error_budget(reference, plain, magnitude, terms)
-    error = (actual.detach().to("cpu", torch.float64) - reference).abs()
+        got, want = (actual.dtype, tuple(actual.shape)), (plain.dtype, tuple(reference.shape))
+        raise AssertionError(f"{name}: got {got[0]} {got[1]}, should be {want[0]} {want[1]}")
+    error = (actual.detach().to("cpu", torch.float64) - reference.detach()).abs()
+    allowed = error_budget(reference.detach(), plain, magnitude, terms)
     ratio = torch.where(error == 0, 0.0, error / allowed).nan_to_num(nan=float("inf"))
-    worst = int(ratio.argmax())
-    if ratio.flatten()[worst] > 1:
-        where = tuple(int(x) for x in torch.unravel_index(torch.tensor(worst), ratio.shape))
+    at = tuple(int(x) for x in torch.unravel_index(ratio.argmax(), ratio.shape))
+    if ratio[at] > 1:
         raise AssertionError(
-            f"{name}{list(where)} is {actual[where].item():.6g}, should be {reference[where].item():.6g}: "
-            f"error {error[where]:.3g}, allowed {allowed[where]:.3g} ({ratio[where]:.3g} x budget); "
+            f"{name}{list(at)}: got {actual[at].item():.6g}, should be {reference[at].item():.6g}; "
+            f"error {error[at]:.2g} is {ratio[at]:.3g} times the {allowed[at]:.2g} allowed; "
             f"{int((ratio > 1).sum())} of {ratio.numel()} entries are outside"
         )
-    return float(ratio.max())
+    return float(ratio[at])
 
-# %% ../nbs/01_testing.ipynb #39d6c02c
+# %% ../nbs/01_testing.ipynb #b39398ca
 def _magnitudes(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     dout: Tensor,
-    counts: Int[Tensor, "h nq nk"],
+    counts: Int[Tensor, "b h nq nk"],
     zeros: Int[Tensor, "h nq"],
     divisor: int,
-    key_padding_mask: Tensor | None,
-    scale: float | None,
+    scale: float,
 ) -> dict[str, Tensor]:
-    "For out, dq, dk, dv: the float64 sums of the absolute values of the terms that make them up."
-    hk, scale = k.shape[2], q.shape[-1] ** -0.5 if scale is None else scale
-    q, k, v, dout = (x.detach().to("cpu", torch.float64) for x in (q, k, v, dout / divisor))
-    k, v = (repeat(x, "b n h d -> b n (h g) d", g=q.shape[2] // hk) for x in (k, v))
-    dots, walk = (lambda a, b: torch.einsum("bihd,bjhd->bhij", a, b)), (lambda a, b: dots(a**2, b**2).sqrt())
-    weights, _ = _joint_softmax(dots(q, k) * scale, _unpadded(counts, key_padding_mask), zeros)
-    weights = weights * (1 + walk(q, k) * scale)
+    "For out, dq, dk, dv: the terms that make them up, added without their signs."
+    hk, spec = k.shape[2], "bihd,bjhd->bhij"
+    q, k, v, dout = (_repeat_heads(x.detach().to("cpu", torch.float64), q.shape[2]) for x in (q, k, v, dout / divisor))
+    weights, _ = _joint_softmax(torch.einsum(spec, q, k) * scale, counts, zeros)
+    weights = weights * (1 + torch.einsum(spec, q**2, k**2).sqrt() * scale)
     q, k, v, dout = (x.abs() for x in (q, k, v, dout))
     out = torch.einsum("bhij,bjhd->bihd", weights, v)
-    rows = torch.einsum("bihd,bihd->bhi", dout**2, out**2).sqrt()[..., None]
-    ds = weights * (walk(dout, v) + rows) * scale
-    dk = torch.einsum("bhij,bihd->bjhd", ds, q)
-    dv = torch.einsum("bhij,bihd->bjhd", weights, dout)
+    rowsum = torch.einsum("bihd,bihd->bhi", dout**2, out**2).sqrt()[..., None]
+    ds = weights * (torch.einsum(spec, dout**2, v**2).sqrt() + rowsum) * scale
+    dk, dv = torch.einsum("bhij,bihd->bjhd", ds, q), torch.einsum("bhij,bihd->bjhd", weights, dout)
     dk, dv = (x.unflatten(2, (hk, -1)).sum(3) for x in (dk, dv))
     return {"out": out / divisor, "dq": torch.einsum("bhij,bjhd->bihd", ds, k), "dk": dk, "dv": dv}
 
-# %% ../nbs/01_testing.ipynb #9d47bbf0
+# %% ../nbs/01_testing.ipynb #15c5a315
 def _run(fn: Callable[..., Tensor], inputs: list[Tensor], dout: Tensor | None) -> dict[str, Tensor]:
-    "`out` of fn and, where `dout` is given, the gradients of `(out * dout).sum()`."
+    "`out` of fn and, with `dout`, the gradients of `(out * dout).sum()`."
     leaves = [x.detach().requires_grad_(dout is not None) for x in inputs]
     out = fn(*leaves)
     if dout is None:
         return {"out": out.detach()}
-    grads = torch.autograd.grad(out, leaves, dout.to(out))
-    return {"out": out.detach()} | dict(zip(("dq", "dk", "dv"), grads))
+    grads = torch.autograd.grad(out, leaves, dout.to(out), allow_unused=True, materialize_grads=True)
+    return {"out": out.detach(), **dict(zip(("dq", "dk", "dv"), grads))}
 
 
 def check_against_oracle(
-    fn: Callable[[Tensor, Tensor, Tensor], Tensor],  # the attention under test, every option but q, k, v bound
+    fn: Callable[[Tensor, Tensor, Tensor], Tensor],  # attention with all options but q, k, v bound
     q: Float[Tensor, "b nq h d"],
     k: Float[Tensor, "b nk hk d"],
     v: Float[Tensor, "b nk hk d"],
@@ -310,25 +323,362 @@ def check_against_oracle(
     scale: float | None = None,
     **options: Any,  # is_causal, mixing, offsets, ragged
 ) -> dict[str, float]:  # the largest error / budget of out, dq, dk, dv: at most 1
-    """Run `fn(q, k, v)` forward and backward and hold out, dq, dk, dv against the float64 oracle.
+    """Hold `fn(q, k, v)` and its gradients against the float64 oracle.
 
     Raises `AssertionError` saying which, where, got and allowed.
     """
-    where = dict(key_padding_mask=key_padding_mask, scale=scale)
-    sizes = (q.shape[1], k.shape[1], q.shape[2])
-    counts, zeros = oracle_counts(*sizes, segment_lengths, dilation_rates, **options)
+    where: dict[str, Any] = dict(key_padding_mask=key_padding_mask, scale=scale)
+    counts, zeros = oracle_counts(q.shape[1], k.shape[1], q.shape[2], segment_lengths, dilation_rates, **options)
     divisor = len(segment_lengths) if options.get("mixing", "groups") == "groups" else 1
     dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(q)
-    up, inputs = (dout if grad else None), [q, k, v]
+    inputs, above = [q, k, v], dout if grad else None
 
     def oracle(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return oracle_attention(q, k, v, segment_lengths, dilation_rates, **where, **options)[0]  # type: ignore[arg-type]
+        return oracle_attention(q, k, v, segment_lengths, dilation_rates, **where, **options)[0]
 
     def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return plain_attention(q, k, v, counts, zeros, divisor=divisor, **where)  # type: ignore[arg-type]
+        return plain_attention(q, k, v, counts, zeros, divisor=divisor, **where)
 
-    exact = _run(oracle, [x.detach().to("cpu", torch.float64) for x in inputs], up)
-    near, got = _run(plain, inputs, up), _run(fn, inputs, up)
-    sizes_of = _magnitudes(q, k, v, dout, counts, zeros, divisor, **where)  # type: ignore[arg-type]
-    terms = sum(sizes)
-    return {x: assert_within_budget(got[x], exact[x], near[x], sizes_of[x], terms, name=x) for x in exact}
+    exact = _run(oracle, [x.detach().to("cpu", torch.float64) for x in inputs], above)
+    got, near = _run(fn, inputs, above), _run(plain, inputs, above)
+    seen, factor = _unpadded(counts, key_padding_mask), q.shape[3] ** -0.5 if scale is None else scale
+    size, terms = _magnitudes(q, k, v, dout, seen, zeros, divisor, factor), sum(q.shape[1:]) + k.shape[1]
+    return {name: assert_within_budget(got[name], exact[name], near[name], size[name], terms, name) for name in exact}
+
+# %% ../nbs/01_testing.ipynb #ac601bce
+def assert_causal(
+    fn: Callable[[Tensor, Tensor, Tensor], Tensor],
+    q: Float[Tensor, "b nq h d"],
+    k: Float[Tensor, "b nk hk d"],
+    v: Float[Tensor, "b nk hk d"],
+    t: int,  # key position with at least one query before it: nk - nq < t < nk
+    seed: int = 0,
+) -> None:
+    "Raise `AssertionError` if outputs before position `t` depend on inputs from `t` on, forward or backward."
+    row = t - (k.shape[1] - q.shape[1])  # the first query at or after position t
+    if not 0 < row < q.shape[1]:
+        raise ValueError(
+            f"t must be above {k.shape[1] - q.shape[1]} and below {k.shape[1]}, got {t}: rows before it are compared"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    inputs = [("q", q.detach(), row), ("k", k.detach(), t), ("v", v.detach(), t)]
+    other = [x.clone() for _, x, _ in inputs]
+    for x, (_, _, first) in zip(other, inputs):
+        x[:, first:] = 10 * torch.randn(x[:, first:].shape, generator=generator).to(x)
+    change = (fn(*other)[:, :row] - fn(*(x for _, x, _ in inputs))[:, :row]).detach().abs()
+    if not torch.equal(change, torch.zeros_like(change)):
+        raise AssertionError(
+            f"the future leaks: other inputs from position {t} on change outputs before it by up to {change.max():.3g}"
+        )
+    leaves = [x.clone().requires_grad_() for _, x, _ in inputs]
+    past = fn(*leaves)[:, :row]
+    grads = torch.autograd.grad(past, leaves, torch.randn(past.shape, generator=generator).to(past))
+    for (name, _, first), grad in zip(inputs, grads):
+        if grad[:, first:].any():
+            size = grad[:, first:].abs().max()
+            raise AssertionError(
+                f"the future leaks: outputs before position {t} have a gradient of {size:.3g} at later {name}"
+            )
+
+# %% ../nbs/01_testing.ipynb #f13df09a
+def assert_batch_independent(
+    fn: Callable[..., Tensor],  # called as fn(q, k, v, *batched)
+    q: Float[Tensor, "b nq h d"],
+    k: Float[Tensor, "b nk hk d"],
+    v: Float[Tensor, "b nk hk d"],
+    *batched: Tensor,  # more tensors with a batch dimension, as a padding mask
+    seed: int = 0,
+) -> None:
+    "Raise `AssertionError` if a batch row depends on its neighbours (exactly) or on the batch size (beyond rounding)."
+    generator = torch.Generator().manual_seed(seed)
+    together = fn(q, k, v, *batched).detach()
+    for row in range(len(q)):
+        strangers = [10 * torch.randn(x.shape, generator=generator).to(x) for x in (q, k, v)]
+        for stranger, x in zip(strangers, (q, k, v)):
+            stranger[row] = x[row].detach()
+        if not torch.equal(fn(*strangers, *batched)[row], together[row]):
+            raise AssertionError(f"batch row {row} changes with the other rows of the batch")
+        alone = fn(*(x[row : row + 1] for x in (q, k, v, *batched)))[0]
+        error, allowed = (alone - together[row]).abs().max(), 2 * _rounding(q.dtype, k.shape[1]) * v[row].abs().max()
+        if not error <= allowed:
+            raise AssertionError(
+                f"batch row {row} alone differs by {error:.3g} from itself in the batch, {allowed:.3g} allowed"
+            )
+
+# %% ../nbs/01_testing.ipynb #d7a416db
+@dataclass(frozen=True)
+class AttentionCase:
+    "One valid configuration of dilated attention: `check_against_oracle(fn, *case.qkv(), **case.options())`."
+
+    segment_lengths: tuple[int, ...] = (4,)
+    dilation_rates: tuple[int, ...] = (1,)
+    is_causal: bool = False
+    mixing: str = "groups"
+    offsets: str = "blocked"
+    ragged: str = "mask"
+    b: int = 1
+    nq: int = 4
+    nk: int = 4
+    h: int = 1
+    kv_heads: int = 1
+    d: int = 8
+    padded: bool = False  # with a random key_padding_mask
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+
+    def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
+        "The inputs, from the seed."
+        return make_qkv(self.b, self.nq, self.h, self.d, self.kv_heads, self.dtype, self.seed, nk=self.nk)
+
+    def options(self) -> dict[str, Any]:
+        "Branches and keyword arguments of `oracle_attention`, `check_against_oracle` and the public functions."
+        names = ("segment_lengths", "dilation_rates", "is_causal", "mixing", "offsets", "ragged")
+        shape, generator = (self.b, self.nk), torch.Generator().manual_seed(self.seed)
+        mask = torch.rand(shape, generator=generator) < 0.3 if self.padded else None
+        return {name: getattr(self, name) for name in names} | {"key_padding_mask": mask}
+
+
+def attention_cases(
+    max_length: int = 40,
+    max_heads: int = 6,
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64, torch.bfloat16, torch.float16),
+    **fixed: Any,  # fields of AttentionCase with one value, as ragged="mask"; not sizes or branches
+) -> Any:
+    "A hypothesis strategy of `AttentionCase`, over every option of dilated attention. Needs hypothesis."
+    from hypothesis import strategies as st
+
+    @st.composite
+    def cases(draw: Any) -> AttentionCase:
+        def pick(name: str, *values: Any) -> Any:
+            return fixed[name] if name in fixed else draw(st.sampled_from(values))
+
+        mixing, ragged = pick("mixing", *MIXINGS), pick("ragged", *RAGGED)
+        nk = draw(st.integers(1, max_length))
+        lengths = [w for w in range(1, nk + 4) if ragged != "error" or nk % w == 0]
+        pairs = st.tuples(st.sampled_from(lengths), st.integers(1, 5))
+        ws, rs = zip(*draw(st.lists(pairs, min_size=1, max_size=min(3, max_heads))))
+        h = draw(st.integers(len(ws) if mixing == "groups" else 1, max_heads))
+        return AttentionCase(
+            ws, rs, pick("is_causal", False, True), mixing, pick("offsets", *OFFSETS), ragged, draw(st.integers(1, 2)),
+            draw(st.integers(1, nk)), nk, h, draw(st.sampled_from([m for m in range(1, h + 1) if h % m == 0])),
+            pick("d", 8, 16), pick("padded", False, True), pick("dtype", *dtypes), pick("seed", *range(5)),
+        )  # fmt: skip
+
+    return cases()
+
+# %% ../nbs/01_testing.ipynb #461b9842
+@dataclass(frozen=True)
+class SavedTensors:
+    "What a function keeps for its backward pass."
+
+    tensors: tuple[str, ...]  # one entry per distinct tensor, as "float32[1, 32, 4, 8]"
+    num_bytes: int  # of the storages behind them, each counted once
+
+
+def saved_for_backward(fn: Callable[..., Any], *args: Any) -> SavedTensors:
+    "What `fn(*args)` saves through autograd. Tensors that a custom Function hides in attributes of `ctx` are not seen."
+    kept: dict[Any, Tensor] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.data_ptr(), x.shape, x.stride(), x.dtype] = x  # the reference keeps the address from being used again
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        fn(*args)
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept.values()}
+    names = [f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" for x in kept.values()]
+    return SavedTensors(tuple(names), sum(storages.values()))
+
+# %% ../nbs/01_testing.ipynb #1938a970
+def _check_importable(fn: Callable[..., Any]) -> None:
+    "Another process finds `fn` by module and name, so it must have both."
+    module, name = getattr(fn, "__module__", None), getattr(fn, "__qualname__", "")
+    if module in (None, "__main__") or getattr(import_module(str(module)), name, None) is not fn:
+        raise ValueError(
+            f"fn must be a function of an importable module, got {module}.{name}; export it or put it into a file"
+        )
+
+
+def _start(folder: Path, fn: Callable[..., Any], *args: Any) -> subprocess.Popen[bytes]:
+    "Start a Python that calls `fn(*args)` and leaves the result, or the traceback, in `folder`."
+    folder.mkdir()
+    (folder / "job.pkl").write_bytes(pickle.dumps((fn, args)))
+    code = "import sys; from dilated_attention_nb.testing import _child; _child(sys.argv[1])"
+    paths = os.pathsep.join(p or os.getcwd() for p in sys.path)
+    with open(folder / "log", "wb") as log:
+        command = [sys.executable, "-c", code, str(folder)]
+        return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": paths})
+
+
+def _child(folder: str) -> None:
+    "What a started process does. SIGUSR1 asks it where it stands."
+    faulthandler.register(signal.SIGUSR1)
+    try:
+        fn, args = pickle.loads((Path(folder) / "job.pkl").read_bytes())
+        result: tuple[Any, ...] = ("ok", fn(*args))
+    except BaseException:  # whatever it is, the parent raises it
+        result = ("error", traceback.format_exc(), time.time())
+    torch.save(result, Path(folder) / "part")
+    os.replace(Path(folder) / "part", Path(folder) / "result")  # it is there whole, or not at all
+
+
+def _outcome(folder: Path, process: subprocess.Popen[bytes]) -> tuple[Any, ...] | None:
+    "None while it runs; then ('ok', value), ('error', traceback, time) or ('died', exit code and log, 0.0)."
+    code = process.poll()  # before looking for the file: a result may come in between
+    if (folder / "result").exists():
+        return torch.load(folder / "result", weights_only=False)  # our own child wrote it
+    return None if code is None else ("died", f"exit code {code}\n{_log(folder)}", 0.0)
+
+
+def _log(folder: Path) -> str:
+    "The end of what the process wrote."
+    return (folder / "log").read_text(errors="replace")[-2000:]
+
+
+def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
+    "Kill what still runs, and wait for it."
+    for process in processes:
+        process.kill()
+        process.wait()
+
+# %% ../nbs/01_testing.ipynb #f9279389
+def _run_processes(jobs: list[tuple[Any, ...]], timeout_s: float, name: str) -> list[Any]:
+    "The results of jobs `(fn, *args)`, each in a fresh Python. The first failure ends them all and is raised here."
+    processes: list[subprocess.Popen[bytes]] = []
+    with TemporaryDirectory(prefix="processes-") as base:
+        folders = [Path(base) / str(i) for i in range(len(jobs))]
+        try:
+            for folder, job in zip(folders, jobs):
+                processes.append(_start(folder, *job))
+            deadline = time.monotonic() + timeout_s
+            outcomes: list[Any] = [None] * len(jobs)
+            while None in outcomes:
+                time.sleep(0.02)
+                outcomes = [o or _outcome(f, p) for o, f, p in zip(outcomes, folders, processes)]
+                if any(o and o[0] != "ok" for o in outcomes):
+                    _raise_first(folders, processes, name)
+                if None in outcomes and time.monotonic() > deadline:
+                    late = [i for i, o in enumerate(outcomes) if o is None]
+                    for i in late:  # each writes into its log where it stands
+                        processes[i].send_signal(signal.SIGUSR1)
+                    time.sleep(0.5)
+                    logs = [f"{name} {i}: {_log(folders[i])}" for i in late]
+                    raise TimeoutError("\n".join([f"{name} {late} of {len(jobs)} not done after {timeout_s} s", *logs]))
+            return [o[1] for o in outcomes]
+        finally:
+            _stop(processes)
+
+
+def _raise_first(folders: list[Path], processes: list[subprocess.Popen[bytes]], name: str) -> None:
+    "Wait a moment for failures that follow from each other, then raise the one that came first, a death before errors."
+    time.sleep(0.3)
+    outcomes = [_outcome(f, p) for f, p in zip(folders, processes)]
+    _, i, (kind, text, _) = min((o[2], i, o) for i, o in enumerate(outcomes) if o and o[0] != "ok")
+    raise RuntimeError(f"{name} {i} of {len(folders)} {'died:' if kind == 'died' else 'failed:'} {text}")
+
+# %% ../nbs/01_testing.ipynb #f82684da
+@dataclass(frozen=True)
+class PeakMemory:
+    "Resident memory of a process around one call, in bytes."
+
+    before: int
+    peak: int
+
+    @property
+    def extra(self) -> int:
+        "What the call needed at its worst moment, beyond what was there before."
+        return self.peak - self.before
+
+
+def _resident(entry: str) -> int:
+    "`VmRSS` (now) or `VmHWM` (peak) of this process in bytes; where there is no /proc, the peak for both."
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(entry))
+    except FileNotFoundError:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _measure_peak(fn: Callable[..., Any], *args: Any) -> PeakMemory:
+    before = _resident("VmRSS")
+    fn(*args)
+    return PeakMemory(before, _resident("VmHWM"))
+
+
+def peak_memory(fn: Callable[..., Any], *args: Any, timeout_s: float = 600.0) -> PeakMemory:
+    """Peak resident memory around `fn(*args)` in a fresh process.
+
+    Raises `ValueError` if fn is not importable, `RuntimeError` if it fails, `TimeoutError` after `timeout_s` seconds.
+    """
+    _check_importable(fn)
+    return _run_processes([(_measure_peak, fn, *args)], timeout_s, "process")[0]
+
+
+def demo_fill(num_bytes: int) -> None:
+    "Touch `num_bytes` of fresh memory."
+    torch.ones(num_bytes, dtype=torch.uint8)
+
+# %% ../nbs/01_testing.ipynb #18eec0cb
+def _gloo_worker(fn: Callable[..., Any], rank: int, world_size: int, store: str, timeout_s: float, args: Any) -> Any:
+    "One rank: join, call, wait for the others, leave."
+    import torch.distributed as dist
+
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    torch.set_num_threads(1)
+    patience = timedelta(seconds=timeout_s)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size, timeout=patience
+    )
+    result = fn(rank, world_size, *args)
+    dist.barrier()
+    dist.destroy_process_group()
+    return result
+
+
+def spawn_gloo(
+    fn: Callable[..., Any],  # called as fn(rank, world_size, *args), with the default process group ready
+    world_size: int,
+    *args: Any,  # whatever pickles
+    timeout_s: float = 60.0,
+) -> list[Any]:  # what each rank returned
+    """Run `fn` on `world_size` real processes joined by gloo.
+
+    Raises `ValueError` if fn is not importable, `RuntimeError` with rank and traceback if a worker fails or dies,
+    `TimeoutError` after `timeout_s` seconds. No worker outlives the call.
+    """
+    _check_importable(fn)
+    with TemporaryDirectory(prefix="gloo-") as folder:
+        shared = (world_size, str(Path(folder) / "store"), timeout_s, args)
+        jobs = [(_gloo_worker, fn, rank, *shared) for rank in range(check_int("world_size", world_size))]
+        return _run_processes(jobs, timeout_s, "rank")
+
+# %% ../nbs/01_testing.ipynb #797d3362
+def demo_ring(rank: int, world_size: int, x: Tensor) -> Tensor:
+    "The sum of `x + rank` over all ranks, passed around a ring one step at a time."
+    import torch.distributed as dist
+
+    part = x + rank
+    total, incoming = part.clone(), torch.empty_like(part)
+    for _ in range(world_size - 1):
+        send = dist.P2POp(dist.isend, part, (rank + 1) % world_size)
+        receive = dist.P2POp(dist.irecv, incoming, (rank - 1) % world_size)
+        for request in dist.batch_isend_irecv([send, receive]):
+            request.wait()
+        part = incoming.clone()
+        total += part
+    return total
+
+
+def demo_failure(rank: int, world_size: int, how: str) -> None:
+    "Rank 1 fails: `how` is 'raise', 'die' (no exception, no result) or 'hang'. The others wait for it."
+    import torch.distributed as dist
+
+    if rank == 1:
+        if how == "raise":
+            raise ValueError("something is wrong in rank 1")
+        if how == "die":
+            os._exit(3)
+        time.sleep(3600)
+    dist.barrier()
