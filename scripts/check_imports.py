@@ -3,8 +3,8 @@
     python scripts/check_imports.py
 
 It also checks what keeps the notebooks exportable and readable as pages: one number and one module for each notebook,
-a title cell of its own (what else stands in it is lost on the site), imports in cells of their own (where a notebook
-exports, the site runs every cell that imports something), sources stored as lines, unique cell ids, and the size.
+one title, imports in cells of their own (where a notebook exports, the site runs cells of imports), sources stored as
+lines, unique cell ids, and the size.
 """
 
 from __future__ import annotations
@@ -167,10 +167,6 @@ def check_cells(nb: Notebook) -> list[str]:
     titles = [source(c) for c in nb.cells if c["cell_type"] == "markdown" and source(c).startswith("# ")]
     if len(titles) != 1:
         wrong.append(f"{nb.name}: {len(titles)} markdown cells begin with `# Title`; one is the page's title")
-    for title in titles[:1]:
-        extra = [line for line in title.splitlines()[1:] if line.strip() and not line.startswith("> ")]
-        if extra:
-            wrong.append(f"{nb.name}: the site drops what stands beside `# Title` and `> line`: {extra[0][:60]!r}")
     ids = [c.get("id") for c in nb.cells]
     if None in ids or len(set(ids)) < len(ids):
         wrong.append(f"{nb.name}: cells without an id, or two with the same")

@@ -59,6 +59,15 @@ def settings() -> dict[str, str]:
 # ---- processing -----------------------------------------------------------------------------------------------------
 
 
+def split_title(cell) -> list:
+    "Part `# Title` and `> line`, which nbdev turns into front matter, from prose in the same cell, which it would drop."
+    from execnb.nbio import mk_cell
+
+    head = re.match(r"# .+\n*(?:> .+\n*)?", cell.source) if cell.cell_type == "markdown" else None
+    rest = cell.source[head.end() :].strip() if head else ""
+    return [mk_cell(head[0].strip(), "markdown"), mk_cell(rest, "markdown")] if rest else [cell]
+
+
 def process(source: Path, target: Path) -> None:
     "Run nbdev's processors over one notebook. Needs a fresh process: exported cells may register operators."
     os.environ["IN_TEST"] = "1"
@@ -89,6 +98,7 @@ def process(source: Path, target: Path) -> None:
     sys.path.insert(0, str(ROOT))
     nb = read_nb(source)
     os.chdir(source.parent)
+    nb.cells = [part for cell in nb.cells for part in split_title(cell)]
     for cell in nb.cells:
         if cell.cell_type == "code" and DEFINES.search(cell.source) and not HIDE.search(cell.source):
             cell.source = EXPORT.sub(r"\1exports", cell.source)  # which shows the source as well

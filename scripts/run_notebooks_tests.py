@@ -20,11 +20,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MARK = "running the cell "
+MARK, RESULT = "running the cell ", "notebook result: "
 
 
 def run_here(path: Path) -> int:
-    "Run one notebook with nbdev in this process; the last line printed says how many cells ran."
+    "Run one notebook with nbdev in this process; a line beginning with RESULT says how many cells ran."
     from execnb.nbio import read_nb
     from execnb.shell import CaptureShell
     from nbdev.config import get_config
@@ -43,7 +43,7 @@ def run_here(path: Path) -> int:
     config = get_config()
     passed, _ = test_nb(path, skip_flags=config.tst_flags.split(), basepath=config.config_path)
     there = sum(c.cell_type == "code" for c in read_nb(path).cells)
-    print("\n" + json.dumps({"passed": bool(passed), "ran": ran, "there": there}), flush=True)
+    print(f"\n{RESULT}" + json.dumps({"passed": bool(passed), "ran": ran, "there": there}), flush=True)
     return 0
 
 
@@ -62,11 +62,11 @@ def run(path: Path, timeout: int, threads: int) -> tuple[bool, str]:
             output, _ = process.communicate()
             last = [line for line in output.splitlines() if line.startswith(MARK)][-1:]
             return False, f"FAILED: still running after {timeout} s\n{''.join(last) or 'before the first cell'}"
-    output = "".join(line for line in output.splitlines(keepends=True) if not line.startswith(MARK))
-    try:
-        result = json.loads(output.strip().splitlines()[-1])
-    except (IndexError, ValueError):
+    said = [line for line in output.splitlines() if line.startswith(RESULT)]
+    output = "\n".join(line for line in output.splitlines() if not line.startswith((MARK, RESULT)))
+    if not said:
         return False, f"FAILED: ended with {process.returncode} before the last cell\n{output[-5000:]}"
+    result = json.loads(said[-1].removeprefix(RESULT))
     counts = f"{result['ran']} of {result['there']} code cells in {time.time() - start:.0f} s"
     if not result["passed"]:
         return False, f"FAILED after {counts}\n{output[-5000:]}"

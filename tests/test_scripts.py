@@ -98,7 +98,7 @@ def test_lessons_may_import_what_exported_code_may_not(tmp_path):
         ([code("#| default_exp config"), prose("# Config")], "taken by"),
         ([code("#| default_exp other"), prose("# Other")], "call it NN_other"),
         ([code("#| export", "x = 1"), prose("# None")], "no `#| default_exp`"),
-        ([prose("# Title\n\n> line\n\nThree sentences.")], "the site drops"),
+        ([prose("# Title"), prose("# Another")], "2 markdown cells"),
         ([prose("No title")], "0 markdown cells"),
         ([prose("# A"), code("x = 1", id="same"), code("y = 1", id="same")], "same"),
         ([prose("# A"), code("x") | {"source": "x = 1\ny = 2"}], "not a list of lines"),
@@ -280,3 +280,13 @@ def test_marks_of_quarto_do_not_reach_the_preview():
         "::: {.callout-note}\nsee [it](00_config.ipynb#x)\n:::\n\n## Head {#sec-a}", {"00_config.ipynb": "config.html"}
     )
     assert ":::" not in text and "[it](config.html#x)" in text and "## Head\n" in text + "\n" and "sec-a" not in text
+
+
+def test_prose_beside_the_title_stays_on_the_page():
+    from execnb.nbio import mk_cell
+
+    split = load("docs").split_title
+    whole = mk_cell("# Title\n\n> line\n\nThree sentences.\n\n- key: value", "markdown")
+    assert [c.source for c in split(whole)] == ["# Title\n\n> line", "Three sentences.\n\n- key: value"]
+    for text in ("# Title", "# Title\n\n> line", "Prose", "## Section\n\nProse"):
+        assert [c.source for c in split(mk_cell(text, "markdown"))] == [text]
