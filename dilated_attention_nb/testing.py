@@ -447,6 +447,9 @@ def attention_cases(
     "A hypothesis strategy of `AttentionCase`, over every option of dilated attention. Needs hypothesis."
     from hypothesis import strategies as st
 
+    for name in fixed:
+        check_choice("field", name, ("mixing", "ragged", "is_causal", "offsets", "d", "padded", "dtype", "seed"))
+
     @st.composite
     def cases(draw: Any) -> AttentionCase:
         def pick(name: str, *values: Any) -> Any:
