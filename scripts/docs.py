@@ -60,7 +60,7 @@ def settings() -> dict[str, str]:
 
 
 def split_title(cell) -> list:
-    "Part `# Title` and `> line`, which nbdev turns into front matter, from prose in the same cell, which it would drop."
+    "Part `# Title` and `> line`, which become front matter, from prose in the same cell, which nbdev would drop."
     from execnb.nbio import mk_cell
 
     head = re.match(r"# .+\n*(?:> .+\n*)?", cell.source) if cell.cell_type == "markdown" else None
