@@ -288,13 +288,15 @@ class Config:
         return cls(**{name: _nested(hints[name], value) for name, value in values.items()})
 
     @classmethod
-    def from_json(cls: type[_C], text: str) -> _C:
+    def from_json(cls: type[_C], text: Any) -> _C:
         "The config that `to_json` wrote; text that is not JSON is a `ValueError`."
+        rule = f"be the JSON of a {cls.__name__}"
+        if not isinstance(text, str):
+            raise TypeError(complaint("text", rule, shown(text), "read the file first, or use from_dict"))
         try:
             return cls.from_dict(json.loads(text))
         except json.JSONDecodeError as error:
-            advice = f"write it with to_json ({error})"
-            raise ValueError(complaint("text", f"be the JSON of a {cls.__name__}", shown(text), advice)) from error
+            raise ValueError(complaint("text", rule, shown(text), f"write it with to_json ({error})")) from error
 
 
 def _nested(hint: Any, value: Any) -> Any:

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, NullFormatter
 from torch import Tensor
 
-from .config import DilatedAttentionConfig, check_int
+from .config import DilatedAttentionConfig, check_heads, check_int, complaint
 
 # %% ../nbs/02_plotting.ipynb #f91419f1
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")  # Okabe, Ito 2008
@@ -94,11 +94,14 @@ def _to_array(values: Any) -> np.ndarray:
     return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
 
 
-def _draw_cells(ax: Axes, codes: np.ndarray, colors: Sequence[str], lines: bool = True) -> None:
-    "Square cells: code 0 is paper, code c is `colors[c - 1]`, masked ones stay white; thin lines between up to 64."
-    cmap, line = ListedColormap([PAPER, *colors]), 12 / max(16, *codes.shape)
-    edges: Any = {"edgecolors": "white", "linewidth": line} if lines and max(codes.shape) <= 64 else {}
-    ax.pcolormesh(codes, cmap=cmap, vmin=-0.5, vmax=len(colors) + 0.5, **edges)
+def _draw_cells(ax: Axes, codes: np.ndarray, colors: Sequence[str], gap: float = 0.06) -> None:
+    "Square cells, `gap` of a cell free on each side: code 0 is paper, c is `colors[c - 1]`, masked ones stay white."
+    rows, cols = codes.shape
+    spread = np.ma.masked_all((2 * rows - 1, 2 * cols - 1), dtype=int)  # cells at even places, gaps between them
+    spread[::2, ::2] = codes
+    x, y = ((np.arange(size)[:, None] + [gap, 1 - gap]).ravel() for size in (cols, rows))
+    cmap, top = ListedColormap([PAPER, *colors]), len(colors) + 0.5
+    ax.pcolormesh(x, y, spread, cmap=cmap, vmin=-0.5, vmax=top, snap=False, antialiased=True)
     ax.set_aspect("equal")
     ax.set_ylim(codes.shape[0], 0)
     ax.set_xlim(0, codes.shape[1])
@@ -109,21 +112,21 @@ def _draw_cells(ax: Axes, codes: np.ndarray, colors: Sequence[str], lines: bool 
 def _token_ticks(ax: Axes, rows: int, cols: int) -> None:
     "Token numbers in the middle of their cells: first, last and some between."
     for axis, size in ((ax.xaxis, cols), (ax.yaxis, rows)):
-        step = next(s for s in (1, 2, 4, 8, 16, 32, 64, size) if size <= 8 * s)
+        step = next(s for s in (1, 2, 4, 8, 16, 32, 64, size) if size <= (6 * s if s > 1 else 8))
         axis.set_ticks([t + 0.5 for t in range(0, size, step)], [str(t) for t in range(0, size, step)])
 
 
 @_styled
-def plot_mask(mask: Any, ax: Axes | None = None, title: str = "", color: str = PALETTE[0]) -> Axes:
-    "One mask or count `[queries, keys]` as a grid of cells, with its digits up to 16 tokens."
+def plot_mask(mask: Any, ax: Axes | None = None, title: str = "", color: str = PALETTE[0], digits: int = 16) -> Axes:
+    "One mask or count `[queries, keys]` as a grid of cells, with its digits up to that many tokens."
     counts = _to_array(mask).astype(int)
     if counts.ndim != 2:
-        raise ValueError(f"mask must be [queries, keys], got shape {counts.shape}; plot_masks draws one for each head")
+        raise ValueError(complaint("mask", "be [queries, keys]", counts.shape, "plot_masks draws one for each head"))
     rows, cols = counts.shape
     side = 2.4 if ax is None else 0.0
     ax = _new_axes(ax, side * cols / max(rows, cols) + 0.5, side * rows / max(rows, cols) + 0.5)
     _draw_cells(ax, (counts > 0).astype(int), [color])
-    for i, j in np.ndindex(counts.shape) if max(counts.shape) <= 16 else ():
+    for i, j in np.ndindex(counts.shape) if max(counts.shape) <= digits else ():
         shade = "white" if counts[i, j] else "#BBBBBB"
         ax.text(j + 0.5, i + 0.54, str(counts[i, j]), color=shade, ha="center", va="center", fontsize=7)
     _token_ticks(ax, rows, cols)
@@ -135,16 +138,19 @@ def plot_mask(mask: Any, ax: Axes | None = None, title: str = "", color: str = P
 def plot_masks(masks: Any, titles: Sequence[str] = (), colors: Sequence[str] = PALETTE, columns: int = 4) -> Figure:
     "Masks or counts `[heads, queries, keys]` side by side, `columns` to a row, each in the next of `colors`."
     grids = [_to_array(mask) for mask in masks]
+    if not grids:
+        raise ValueError(complaint("masks", "have a mask for each head", "none", "pass at least one"))
     columns = min(columns, len(grids))
     rows = -(-len(grids) // columns)
-    side = 6.0 / columns
-    size = (6.0 if columns > 2 else 3.0 * columns, min(4.0, rows * (side if columns > 2 else 3.0) + 0.2))
+    side = min(2.9, 5.9 / columns)
+    size = (columns * side, min(4.0, rows * side + 0.3))
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     for i, ax in enumerate(axes.flat):
         if i >= len(grids):
             ax.set_axis_off()
             continue
-        plot_mask(grids[i], ax, titles[i] if i < len(titles) else f"head {i}", colors[i % len(colors)])
+        title = titles[i] if i < len(titles) else f"head {i}"
+        plot_mask(grids[i], ax, title, colors[i % len(colors)], digits=8 if columns > 2 else 12)
         ax.label_outer()
     return figure
 
@@ -152,6 +158,7 @@ def plot_masks(masks: Any, titles: Sequence[str] = (), colors: Sequence[str] = P
 def head_branches(config: DilatedAttentionConfig, num_heads: int) -> list[list[tuple[int, int]]]:
     "For each head its pairs (branch, offset), dealt out one head at a time."
     rates, count = config.dilation_rates, config.num_branches
+    check_heads(check_int("num_heads", num_heads), count, config.mixing)
     if config.mixing == "groups":
         sizes = [num_heads // count + (g < num_heads % count) for g in range(count)]
         return [[(g, g % rates[g])] for g in range(count) for _ in range(sizes[g])]
@@ -163,7 +170,7 @@ def head_branches(config: DilatedAttentionConfig, num_heads: int) -> list[list[t
 @_styled
 def plot_branches(config: DilatedAttentionConfig, n: int, num_heads: int, ax: Axes | None = None) -> Axes:
     "One row for each head: its segments as boxes, the tokens on its grids in the colour of the branch."
-    heads = head_branches(config, check_int("num_heads", num_heads))
+    heads = head_branches(config, num_heads)
     ax = _new_axes(ax, 5.9, 0.9 + 0.14 * sum(map(len, heads)) + 0.08 * num_heads)
     for h, branches in enumerate(heads):
         height = 0.84 / len(branches)
@@ -217,7 +224,7 @@ def plot_patterns(
     for row, code in enumerate(codes):
         g, ax = code.max() - 1, figure.add_subplot(grid[row, 0])
         w, r = config.segment_lengths[g], config.dilation_rates[g]
-        _draw_cells(ax, np.ma.masked_where(future, code), PALETTE, lines=False)
+        _draw_cells(ax, np.ma.masked_where(future, code), PALETTE, gap=0.0)
         ax.set(xticks=[], yticks=[])
         ax.set_title(f"w = {w}, r = {r}", color=PALETTE[g])
         if is_causal:
@@ -236,6 +243,8 @@ def reached(mask: Any, token: int, layers: int) -> np.ndarray:
     "Which inputs influence `token` after 0 ... `layers` layers, bool `[layers + 1, n]`; mask `[n, n]` or `[h, n, n]`."
     masks = _to_array(mask).astype(bool)
     steps = np.logical_or.reduce(masks.reshape(-1, *masks.shape[-2:]), axis=0)
+    if not 0 <= token < len(steps):
+        raise ValueError(complaint("token", f"be one of 0 ... {len(steps) - 1}", token, "count from 0"))
     rows = [np.arange(len(steps)) == token]
     for _ in range(layers):
         rows.append(rows[-1] | steps[rows[-1]].any(axis=0))
@@ -262,7 +271,7 @@ def plot_schedule(rows: Iterable[tuple[int, int, str]], ax: Axes | None = None, 
     "A timetable from rows `(rank, step, label)`: a line for each rank, a cell for each step, pale where it idles."
     cells = {(rank, step): label for rank, step, label in rows}
     if not cells:
-        raise ValueError("rows must have at least one (rank, step, label), got none")
+        raise ValueError(complaint("rows", "be (rank, step, label)", "none", "pass at least one"))
     ranks, steps = (1 + max(place[i] for place in cells) for i in (0, 1))
     colors = {
         label: PALETTE[i % len(PALETTE)] for i, label in enumerate(dict.fromkeys(cells[k] for k in sorted(cells)))
@@ -296,8 +305,10 @@ def caption(records: Iterable[Mapping[str, Any]]) -> str:
     for record in records:
         for key in ORIGIN:
             if record.get(key) is None:
-                raise ValueError(f"record must have {', '.join(ORIGIN)}, got no {key}; measure again and store it")
+                raise ValueError(complaint("records", f"say {', '.join(ORIGIN)}", f"no {key}", "measure and store it"))
             values[key][str(record[key])] = None
+    if not values["date"]:
+        raise ValueError(complaint("records", "have at least one measurement", "none", "run the benchmark first"))
     device, dtype, threads, date = (", ".join(values[key]) for key in ORIGIN)
     return f"{device} · {dtype} · {threads} threads · {date}"
 
@@ -367,9 +378,8 @@ def plot_training(
     for i, name in enumerate(y):
         points = [(row[x], row[name]) for row in rows if row.get(name) is not None]
         if not points:
-            raise ValueError(
-                f"y must name fields of the rows, got {name!r}, which no row has; rows have {sorted(rows[0])}"
-            )
+            known = ", ".join(dict.fromkeys(key for row in rows for key in row)) or "no rows"
+            raise ValueError(complaint("y", "name fields of the rows", repr(name), f"there are: {known}"))
         places, values = zip(*points)
         many = len(points) > 40
         if many:
@@ -388,6 +398,8 @@ def save_figure(drawn: Figure | Axes, path: str | os.PathLike[str]) -> None:
     "Write a figure, or the one that these axes stand in, as PNG to `path`, and close it."
     figure = drawn if isinstance(drawn, Figure) else drawn.get_figure(root=True)
     if not isinstance(figure, Figure):
-        raise TypeError(f"drawn must be a figure or axes in one, got {type(drawn).__name__}; pass what a plot returned")
+        raise TypeError(
+            complaint("drawn", "be a figure or its axes", type(drawn).__name__, "pass what a plot returned")
+        )
     figure.savefig(path, format="png", dpi=100, metadata={"Software": None})
     plt.close(figure)
