@@ -265,7 +265,8 @@ def tidy(nb, links: dict[str, str]):
                 meta = yaml.safe_load(front[1]) or {}
                 head = f"# {meta.get('title', '')}\n"
                 if meta.get("description"):
-                    head += f'\n<p class="lead">{html.escape(str(meta["description"]))}</p>\n'
+                    lead = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(str(meta["description"])))
+                    head += f'\n<p class="lead">{lead}</p>\n'
                 cells.append(nbformat.v4.new_markdown_cell(head))
             rest = cell.source[front.end() :] if front else cell.source
             if rest.strip() and cell.cell_type == "markdown":
