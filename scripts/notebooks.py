@@ -134,6 +134,7 @@ def execute(path: Path, timeout: int) -> tuple[str, list[str]]:
         timeout=timeout,
         kernel_name="python3",
         record_timing=False,
+        extra_arguments=["--IPKernelApp.log_level=40"],  # errors only: the kernel's own notes are no output
         skip_cells_with_tag=SKIP_TAG,
         resources={"metadata": {"path": str(path.parent)}},
     )
