@@ -117,7 +117,8 @@ def kernel_env() -> dict[str, str]:
     path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
     fixed = dict(PYTHONPATH=path, PYTHONHASHSEED="0", JUPYTER_PREFER_ENV_PATH="1", PYDEVD_DISABLE_FILE_VALIDATION="1",
                  MPLBACKEND="module://matplotlib_inline.backend_inline", COLUMNS="120", NO_COLOR="1")  # fmt: skip
-    return {**os.environ, **fixed}
+    # sums in another order differ in their last digits: one thread stores the same on every machine
+    return {"OMP_NUM_THREADS": "1", **os.environ, **fixed}
 
 
 def execute(path: Path, timeout: int) -> tuple[str, list[str]]:
