@@ -72,7 +72,62 @@ def causal_mask() -> dict[str, Any]:
     return {"rows": rows}
 
 
-SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {"causal_mask": causal_mask}
+N, H, D = 16_384, 8, 64
+LENGTHS, RATES = (2048, 4096, 8192, 16_384), (1, 2, 4, 8)
+
+
+def gathered(x: torch.Tensor, mixing: str) -> list[torch.Tensor]:
+    "What each branch attends to, copied beforehand: `[segments, heads, w / r, d]` over rows of `[segments, w / r, heads, d]`."
+    from dilated_attention_nb.masking import branch_heads
+
+    found = []
+    for g, (w, r) in enumerate(zip(LENGTHS, RATES)):
+        segments = x.unflatten(1, (x.shape[1] // w, w)).flatten(0, 1)
+        parts = [segments[:, s::r, list(heads)] for heads, s in branch_heads(x.shape[2], g, RATES, mixing)]
+        found.append(torch.cat(parts, 2).contiguous().transpose(1, 2))
+    return found
+
+
+def floor() -> dict[str, Any]:
+    "`dilated_attention` against the bare kernel calls on tensors that were gathered beforehand."
+    from dilated_attention_nb.improved import dilated_attention
+
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for mixing in ("softmax", "groups"):
+            for causal in (True, False):
+                q, k, v, dout = (torch.randn(1, N, H, D).to(dtype) for _ in range(4))
+                leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+                parts = [gathered(x, mixing) for x in (q, k, v, dout)]
+                kept = [forward(a, b, c, 0.0, causal) for a, b, c, _ in zip(*parts)]
+
+                def bare_forward(parts: Any = parts, causal: bool = causal) -> None:
+                    for a, b, c, _ in zip(*parts):
+                        forward(a, b, c, 0.0, causal)
+
+                def bare_both(parts: Any = parts, kept: Any = kept, causal: bool = causal) -> None:
+                    for (a, b, c, g), (out, lse) in zip(zip(*parts), kept):
+                        forward(a, b, c, 0.0, causal)
+                        backward(g, a, b, c, out, lse, 0.0, causal)
+
+                def ours(x: Any = (q, k, v), causal: bool = causal, mixing: str = mixing) -> torch.Tensor:
+                    return dilated_attention(*x, LENGTHS, RATES, is_causal=causal, mixing=mixing)
+
+                def ours_both(x: Any = leaves, dout: Any = dout, causal: bool = causal, mixing: str = mixing) -> None:
+                    torch.autograd.grad(ours(x, causal, mixing), x, dout)
+
+                for what, runs in (("forward", (ours, bare_forward)), ("forward+backward", (ours_both, bare_both))):
+                    t = alternate(dict(zip(("ours", "floor"), runs)), 11 if what == "forward" else 5)
+                    row = {"dtype": str(dtype)[6:], "mixing": mixing, "causal": causal, "what": what}
+                    row |= {"ratio": t["ours"] / t["floor"], "ours_ms": t["ours"] * 1e3, "floor_ms": t["floor"] * 1e3}
+                    rows.append(row)
+                    print(row, flush=True)
+    return {"n": N, "heads": H, "head_dim": D, "segment_lengths": LENGTHS, "dilation_rates": RATES, "rows": rows}
+
+
+SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {"causal_mask": causal_mask, "floor": floor}
 
 
 def main() -> None:

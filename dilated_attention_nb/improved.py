@@ -63,8 +63,8 @@ def sides(tile: Tile) -> tuple[list[tuple[slice, Any, int]], list[tuple[slice, A
 def gather(space: Workspace, name: str, x: Tensor, side: list[tuple[slice, Any, int]], copy: bool) -> Tensor:
     """The tokens of a tile, `x` `[b, n, h, ...]` -> `[b * segments, count, heads, ...]`.
 
-    A view if `copy` is False and one stride describes them, else a copy, heads outermost, in the workspace. A key/value head that serves several
-    query heads is repeated.
+    A view if `copy` is False and one stride describes them, else a copy, heads outermost, in the workspace. A key/value
+    head that serves several query heads is repeated.
     """
     if len(side) == 1 and not copy:
         heads, grid, count = side[0]
@@ -93,7 +93,7 @@ def portion_size(device: torch.device) -> int:
 def portions(
     q: Tensor, k: Tensor, segment_lengths: tuple[int, ...]
 ) -> Iterator[tuple[tuple[int, int], tuple[slice, slice], tuple[slice, slice]]]:
-    "For each independent portion `(first, last)` key/value head, the indices of `(tokens, heads)` in q, and in k and v."
+    "For each independent portion its `(first, last)` key/value head, and the `(tokens, heads)` of q and of k and v."
     (b, nq, h, d), nk, kv = q.shape, k.shape[1], k.shape[2]
     past, repeat, step = nk - nq, h // kv, min(lcm(*segment_lengths), nk)
     room = portion_size(q.device) // (b * d * repeat)
@@ -108,7 +108,7 @@ def portions(
 
 
 def tile_parts(tile: Tile, q: Tensor, masked: bool) -> Iterator[Tile]:
-    "The tile in parts that gather about one portion; with a padding mask one offset at a time, as masks differ by offset."
+    "The tile in parts that gather about one portion; with a padding mask one offset at a time: it sees other keys."
     for one in (replace(tile, pieces=(p,)) for p in tile.pieces) if masked else (tile,):
         yield from one.split(
             max(1, portion_size(q.device) // (q.shape[0] * one.num_heads * max(one.size) * q.shape[3]))
@@ -166,10 +166,9 @@ def forward_portion(
         store = stored and tile is first
         for part in tile_parts(tile, q, mask is not None):
             rows, keys = sides(part)
-            o, l = attend_forward(
-                *(gather(space, name, x, side, options.copy) for name, x, side in (("q", q, rows), ("k", k, keys), ("v", v, keys))),
-                options.is_causal, _padding(mask, part), options.scale, options.backend,
-            )  # fmt: skip
+            inputs = ("q", q, rows), ("k", k, keys), ("v", v, keys)
+            gq, gk, gv = (gather(space, name, x, side, options.copy) for name, x, side in inputs)
+            o, l = attend_forward(gq, gk, gv, options.is_causal, _padding(mask, part), options.scale, options.backend)
             if tile.zeros:
                 merge_(o, l, torch.zeros_like(o), torch.full_like(l, tile.zeros).log_())
             if o.dtype != wide.dtype and not store:
@@ -205,13 +204,14 @@ def backward_portion(
             rows, keys = sides(part)
             inputs = ("dout", dout, rows), ("q", q, rows), ("k", k, keys), ("v", v, keys), ("out", out, rows)
             scaled = options.divisor > 1
-            do, *qkv, o = (gather(space, n, x, s, options.copy or (scaled and "out" in n)) for n, x, s in inputs)
+            copied = [options.copy or (scaled and name in ("dout", "out")) for name, _, _ in inputs]
+            do, gq, gk, gv, o = (gather(space, n, x, side, c) for (n, x, side), c in zip(inputs, copied))
             if scaled:
                 do.div_(options.divisor)
                 o.mul_(options.divisor)
             l = gather(space, "lse", lse, rows, True)
             given = attend_backward(
-                do, *qkv, o, l, options.is_causal, _padding(mask, part), options.scale, options.backend
+                do, gq, gk, gv, o, l, options.is_causal, _padding(mask, part), options.scale, options.backend
             )
             for grad, result, side in zip(wide, given, (rows, keys, keys)):
                 if result.dtype != grad.dtype and not store:
@@ -346,7 +346,7 @@ def dilated_attention(
     """Dilated attention, exact in values and gradients; saves q, k, v, out and lse for the backward pass.
 
     Queries are the last `nq` of `nk` positions; `hk` divides `h`. Rows without keys are 0. Raises `ValueError` or
-    `TypeError` for bad input, naming the argument. LongNet, Ding et al. 2023, arXiv:2307.02486, section 2.2, eq. 2 to 10.
+    `TypeError` for bad input, naming the argument. LongNet, Ding et al. 2023, arXiv:2307.02486, section 2.2.
     """
     segment_lengths, dilation_rates = check_branches(segment_lengths, dilation_rates)
     check_choice("mixing", mixing, MIXINGS)
