@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 from dilated_attention_nb.config import (
+    BACKENDS,
     DilatedAttentionConfig,
+    check_choice,
     check_flag,
     check_heads,
     check_length,
@@ -90,7 +92,7 @@ class DilatedAttention(nn.Module):
     def __init__(self, config: DilatedAttentionConfig, backend: str = "auto") -> None:
         super().__init__()
         self.config = config
-        self.backend = backend
+        self.backend = check_choice("backend", backend, BACKENDS)
 
     def forward(
         self,
@@ -109,7 +111,9 @@ class DilatedAttention(nn.Module):
         check_heads(q.shape[2], c.num_branches, c.mixing)
         check_length(k.shape[1], c.segment_lengths, c.ragged)
         wide = torch.promote_types(q.dtype, torch.float32)
-        out, lse = torch.zeros_like(q, dtype=wide), torch.full(q.shape[:3], -inf, dtype=wide, device=q.device)
+        lse = torch.full(q.shape[:3], -inf, dtype=wide, device=q.device)
+        nothing = sum(x[:, :0].sum(dtype=wide) for x in (q, k, v))  # 0 with a gradient of 0, if no row is on any grid
+        out = torch.zeros_like(q, dtype=wide) + nothing
         lengths, zeros = clipped(c.segment_lengths, k.shape[1]), c.ragged == "zeros" and not is_causal
         sizes = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
         for tile in tiles(*sizes, lengths, c.dilation_rates, c.mixing, c.offsets, zeros):

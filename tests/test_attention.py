@@ -1,0 +1,591 @@
+"Every path of dilated attention against the oracle, and what must hold of all of them."
+
+import copy
+import json
+import math
+import pickle
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch._dynamo.testing
+from hypothesis import given, settings
+from torch import Tensor
+
+from dilated_attention_nb import improved, partial
+from dilated_attention_nb.config import DilatedAttentionConfig
+from dilated_attention_nb.dilated import DilatedAttention
+from dilated_attention_nb.improved import ImprovedDilatedAttention, dilated_attention
+from dilated_attention_nb.partial import attend, available_backends, merge
+from dilated_attention_nb.testing import (
+    AttentionCase,
+    assert_batch_independent,
+    assert_causal,
+    attention_cases,
+    check_against_oracle,
+    make_qkv,
+    oracle_attention,
+    saved_for_backward,
+)
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "longnet_attention.npz")
+GOLDEN_CASES = json.loads(GOLDEN["meta"].tobytes())
+BRANCHES = ("segment_lengths", "dilation_rates", "mixing", "offsets", "ragged")
+
+
+def readable(backend: str = "auto"):
+    "`DilatedAttention` with the signature of `dilated_attention`."
+
+    def run(q, k, v, is_causal=False, key_padding_mask=None, **options) -> Tensor:
+        module = DilatedAttention(DilatedAttentionConfig(**options), backend)
+        return module(q, k, v, is_causal, key_padding_mask)
+
+    return run
+
+
+def fast(backend: str = "auto"):
+    def run(q, k, v, segment_lengths, dilation_rates, **options) -> Tensor:
+        return dilated_attention(q, k, v, segment_lengths, dilation_rates, backend=backend, **options)
+
+    return run
+
+
+PATHS = {
+    "readable": readable(),
+    "readable-math": readable("math"),
+    "improved": fast(),
+    "improved-math": fast("math"),
+}
+paths = pytest.mark.parametrize("path", PATHS)
+
+
+def held(path: str, case: AttentionCase) -> dict[str, float]:
+    "Forward and backward of a case within the budget."
+    options = case.options()
+    return check_against_oracle(lambda q, k, v: PATHS[path](q, k, v, **options), *case.qkv(), **options)
+
+
+# ---------------------------------------------------------------- the oracle
+
+
+@paths
+@settings(max_examples=60)
+@given(case=attention_cases())
+def test_equals_the_oracle_on_drawn_cases(path, case):
+    held(path, case)
+
+
+@paths
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        dict(nq=1, nk=1, h=2, kv_heads=2),  # length 1
+        dict(nq=3, nk=3, h=2, kv_heads=1),  # shorter than a segment
+        dict(nq=61, nk=61, h=3, kv_heads=3),  # a prime length
+        dict(nq=7, nk=97, h=4, kv_heads=2),  # late queries
+        dict(nq=128, nk=128, h=7, kv_heads=7),  # many segments; heads that neither branches nor rates divide
+    ],
+    ids=lambda s: f"{s['nq']}of{s['nk']}",
+)
+@pytest.mark.parametrize("how", [("groups", "blocked"), ("softmax", "blocked"), ("softmax", "interleaved")])
+def test_equals_the_oracle_on_awkward_lengths(path, dtype, is_causal, shape, how):
+    mixing, offsets = how
+    for ragged in ("mask", "zeros"):
+        held(path, AttentionCase((8, 24), (1, 3), is_causal, mixing, offsets, ragged, b=2, dtype=dtype, **shape))
+
+
+@paths
+def test_segments_that_do_not_divide_each_other(path):
+    held(path, AttentionCase((7, 12, 31), (1, 2, 4), True, "softmax", ragged="mask", nq=75, nk=75, h=4, kv_heads=4))
+
+
+@pytest.mark.parametrize("path", ["readable", "improved"])
+@pytest.mark.parametrize("index", range(len(GOLDEN_CASES)))
+def test_reproduces_the_authors(path, index):
+    case = GOLDEN_CASES[index]
+    q, k, v, expected = (torch.from_numpy(GOLDEN[f"{index}.{x}"]) for x in ("q", "k", "v", "out"))
+    options = dict(is_causal=case["is_causal"], mixing="softmax", ragged="zeros")
+    lengths, rates = tuple(case["segment_lengths"]), tuple(case["dilation_rates"])
+    got = PATHS[path](q, k, v, segment_lengths=lengths, dilation_rates=rates, **options)
+    assert (got - expected).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("path", ["readable", "readable-math", "improved", "improved-math"])
+@pytest.mark.parametrize("mixing", ["groups", "softmax"])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_gradcheck(path, mixing, is_causal):
+    q, k, v = make_qkv(1, 7, 4, 8, kv_heads=2, nk=11, dtype=torch.float64, requires_grad=True)
+    options = dict(segment_lengths=(4, 11), dilation_rates=(1, 3), mixing=mixing, ragged="mask", is_causal=is_causal)
+    assert torch.autograd.gradcheck(lambda *x: PATHS[path](*x, **options), (q, k, v))
+
+
+def test_plain_backend_is_twice_differentiable():
+    q, k, v = make_qkv(1, 5, 2, 8, dtype=torch.float64, requires_grad=True)
+    options = dict(segment_lengths=(3,), dilation_rates=(2,), mixing="softmax", ragged="mask")
+    assert torch.autograd.gradgradcheck(lambda *x: PATHS["readable-math"](*x, **options), (q, k, v))
+
+
+@paths
+@pytest.mark.parametrize("ragged", ["mask", "zeros"])
+def test_extreme_logits_stay_finite(path, ragged):
+    "Logits of some thousands: no overflow in the merge, rows sum to one."
+    q, k, v = make_qkv(1, 24, 2, 8, seed=4)
+    q, k = 60 * q, 60 * k
+    options = dict(segment_lengths=(8, 24), dilation_rates=(1, 2), mixing="softmax", ragged=ragged)
+    leaves = [x.requires_grad_() for x in (q, k, torch.ones_like(v))]
+    out = PATHS[path](*leaves, **options)
+    assert ((out - 1).abs() < 1e-5).all() or ragged == "zeros"
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), leaves))
+
+
+# ---------------------------------------------------------------- leaks
+
+
+@paths
+@pytest.mark.parametrize("mixing", ["groups", "softmax"])
+@pytest.mark.parametrize("shape", [(48, 48), (20, 48)], ids=["all", "late"])
+def test_causal_outputs_ignore_the_future(path, mixing, shape):
+    nq, nk = shape
+    options = dict(segment_lengths=(8, 48), dilation_rates=(1, 4), mixing=mixing, is_causal=True, offsets="interleaved")
+    q, k, v = make_qkv(2, nq, 5, 8, nk=nk)
+    for t in (nk - nq + 1, nk - 15, nk - 1):
+        assert_causal(lambda *x: PATHS[path](*x, **options), q, k, v, t)
+
+
+@paths
+@pytest.mark.parametrize("mixing", ["groups", "softmax"])
+def test_batch_rows_are_strangers(path, mixing):
+    options = dict(segment_lengths=(8, 20), dilation_rates=(1, 3), mixing=mixing, ragged="mask")
+    q, k, v = make_qkv(3, 37, 4, 8, kv_heads=2)
+    mask = torch.rand(3, 37) < 0.2
+    assert_batch_independent(lambda q, k, v, m: PATHS[path](q, k, v, key_padding_mask=m, **options), q, k, v, mask)
+
+
+@paths
+def test_padding_equals_a_shorter_sequence(path):
+    q, k, v = make_qkv(1, 40, 4, 8, dtype=torch.float64)
+    mask = torch.arange(40)[None] >= 29
+    options = dict(segment_lengths=(8, 16), dilation_rates=(1, 2), mixing="softmax", ragged="mask")
+    padded = PATHS[path](q, k, v, key_padding_mask=mask, **options)[:, :29]
+    short = PATHS[path](q[:, :29], k[:, :29], v[:, :29], **options)
+    assert torch.allclose(padded, short, atol=1e-14)
+
+
+@paths
+def test_what_padding_holds_is_never_seen(path):
+    "Not even NaN in padded keys would be acceptable as a number that shows; finite garbage must not show at all."
+    q, k, v = make_qkv(2, 32, 2, 8)
+    mask = torch.zeros(2, 32, dtype=torch.bool)
+    mask[:, 20:] = True
+    options = dict(segment_lengths=(8, 32), dilation_rates=(1, 2), mixing="softmax", key_padding_mask=mask)
+    other_k, other_v = k.clone(), v.clone()
+    other_k[:, 20:], other_v[:, 20:] = 1e4, -1e4
+    assert torch.equal(PATHS[path](q, k, v, **options), PATHS[path](q, other_k, other_v, **options))
+
+
+# ---------------------------------------------------------------- theorems
+
+
+@paths
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_one_branch_is_full_attention(path, is_causal):
+    q, k, v = make_qkv(2, 50, 4, 16)
+    got = PATHS[path](q, k, v, segment_lengths=(50,), dilation_rates=(1,), is_causal=is_causal)
+    swapped = (x.transpose(1, 2) for x in (q, k, v))
+    expected = torch.nn.functional.scaled_dot_product_attention(*swapped, is_causal=is_causal)
+    torch.testing.assert_close(got, expected.transpose(1, 2))
+
+
+@paths
+@pytest.mark.parametrize("mixing", ["groups", "softmax"])
+def test_chunked_prefill_equals_the_whole(path, mixing):
+    options = dict(segment_lengths=(8, 24), dilation_rates=(1, 3), mixing=mixing, ragged="mask", is_causal=True)
+    q, k, v = make_qkv(2, 53, 4, 8, dtype=torch.float64)
+    whole = PATHS[path](q, k, v, **options)
+    cuts = [(0, 5), (5, 24), (24, 25), (25, 53)]
+    chunks = [PATHS[path](q[:, a:b], k[:, :b], v[:, :b], **options) for a, b in cuts]
+    assert torch.allclose(torch.cat(chunks, 1), whole, atol=1e-14)
+
+
+@paths
+def test_grouped_query_heads_equal_repeated_ones(path):
+    q, k, v = make_qkv(2, 30, 6, 8, kv_heads=2, dtype=torch.float64)
+    options = dict(segment_lengths=(10, 30), dilation_rates=(1, 4), mixing="softmax")
+    repeated = PATHS[path](q, k.repeat_interleave(3, 2), v.repeat_interleave(3, 2), **options)
+    assert torch.allclose(PATHS[path](q, k, v, **options), repeated, atol=1e-14)
+
+
+@paths
+def test_strides_do_not_matter(path):
+    "Slices of a fused projection, expanded heads, a head_dim that isn't contiguous."
+    fused = torch.randn(2, 24, 3, 4, 8, dtype=torch.float64)
+    options = dict(segment_lengths=(8, 12), dilation_rates=(1, 2), mixing="softmax")
+    q, k, v = fused.unbind(2)
+    expected = PATHS[path](q.contiguous(), k.contiguous(), v.contiguous(), **options)
+    assert torch.allclose(PATHS[path](q, k, v, **options), expected, atol=1e-14)
+    columns = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v)]
+    assert torch.allclose(PATHS[path](*columns, **options), expected, atol=1e-14)
+    one = k[:, :, :1]
+    expanded = PATHS[path](q, one.expand(-1, -1, 4, -1), one.expand(-1, -1, 4, -1), **options)
+    assert torch.allclose(expanded, PATHS[path](q, one, one, **options), atol=1e-14)
+    leaf = fused.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(PATHS[path](*leaf.unbind(2), **options).sum(), leaf)
+    assert grad.isfinite().all()
+    broadcast = torch.autograd.grad(PATHS[path](*leaf.unbind(2), **options)[..., 0].sum(), leaf)[0]
+    assert broadcast.isfinite().all()
+
+
+def test_readable_and_improved_agree_at_length(monkeypatch):
+    "Several windows, portions of heads and parts of tiles."
+    monkeypatch.setattr(improved, "portion_size", lambda device: 2**17)
+    q, k, v = make_qkv(1, 5000, 4, 64, kv_heads=2, requires_grad=True)
+    options = dict(segment_lengths=(128, 512, 4096), dilation_rates=(1, 3, 8), mixing="softmax", ragged="mask")
+    assert len(list(improved.portions(q, k, options["segment_lengths"]))) == 4
+    for is_causal in (False, True):
+        outs = [PATHS[p](q, k, v, is_causal=is_causal, **options) for p in ("readable", "improved")]
+        torch.testing.assert_close(*outs)
+        dout = torch.randn_like(q)
+        pairs = zip(*(torch.autograd.grad(out, (q, k, v), dout) for out in outs))
+        for a, b in pairs:
+            torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_portions_partition_the_work(device_type, monkeypatch):
+    monkeypatch.setattr(improved, "portion_size", lambda device: 2**13 if device_type == "cpu" else 2**27)
+    for nq, nk, ws in ((100, 100, (8, 12)), (37, 100, (8, 12)), (1, 100, (64,)), (64, 64, (64, 32))):
+        q, k, _ = make_qkv(2, nq, 6, 8, kv_heads=3, nk=nk)
+        seen = torch.zeros(nq, 6, dtype=torch.int64)
+        for _, (rows, heads), _ in improved.portions(q, k, ws):
+            seen[rows, heads] += 1
+        assert (seen == 1).all()
+
+
+@settings(max_examples=60)
+@given(case=attention_cases(dtypes=(torch.float32, torch.bfloat16)))
+def test_equals_the_oracle_in_small_portions(case):
+    "The same with portions so small that every sequence is cut wherever it may be."
+    before = improved.portion_size
+    improved.portion_size = lambda device: 64
+    try:
+        held("improved", case)
+    finally:
+        improved.portion_size = before
+
+
+# ---------------------------------------------------------------- partial
+
+
+def test_a_gradient_through_lse():
+    q, k, v = make_qkv(1, 9, 2, 8, nk=13, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(1, 9, 2, dtype=torch.float64)
+    for is_causal in (False, True):
+        _, expected = oracle_attention(q, k, v, (13,), (1,), mixing="softmax", is_causal=is_causal)
+        wanted = torch.autograd.grad((expected * weight).sum(), (q, k))
+        for backend in ("math", "flash"):
+            _, lse = attend(q, k, v, is_causal=is_causal, backend=backend)
+            got = torch.autograd.grad((lse * weight).sum(), (q, k))
+            assert all(torch.allclose(a, b, atol=1e-14) for a, b in zip(got, wanted))
+
+
+@pytest.mark.parametrize("cut", [1, 5, 12])
+def test_parts_merge_to_the_whole(cut):
+    q, k, v = make_qkv(2, 13, 3, 8, dtype=torch.float64)
+    parts = [attend(q, k[:, s], v[:, s]) for s in (slice(cut), slice(cut, None))]
+    out, lse = merge(*parts[0], *parts[1])
+    expected = attend(q, k, v)
+    assert torch.allclose(out, expected[0], atol=1e-14) and torch.allclose(lse, expected[1], atol=1e-14)
+
+
+def test_backends_say_why_not():
+    for device in ("cpu", "cuda", "mps"):
+        reasons = available_backends(device)
+        assert reasons["math"] is None
+        assert all(reason is None or len(reason) > 20 for reason in reasons.values())
+    assert available_backends("cpu")["flash"] is None
+    assert (
+        "not installed" in available_backends("cpu")["flash_attn"] or "CUDA" in available_backends("cpu")["flash_attn"]
+    )
+
+
+def test_auto_tells_what_it_chose(caplog):
+    partial._chosen.cache_clear()
+    caplog.set_level("INFO", logger="dilated_attention_nb")
+    for _ in range(3):
+        attend(*make_qkv())
+    assert [r.getMessage() for r in caplog.records] == ["backend='auto' uses 'flash' for torch.float32 on cpu"]
+
+
+# ---------------------------------------------------------------- modules
+
+
+def modules() -> list[torch.nn.Module]:
+    config = DilatedAttentionConfig((8, 16), (1, 2), mixing="softmax", dropout=0.5)
+    return [DilatedAttention(config), ImprovedDilatedAttention(config)]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_modules_survive(which):
+    "deepcopy, pickling, state_dict, .to(dtype), and a second forward and backward."
+    module = modules()[which].eval()
+    q, k, v = make_qkv(1, 32, 4, 8, requires_grad=True)
+    expected = module(q, k, v, is_causal=True)
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), copy.deepcopy(copy.deepcopy(module))):
+        assert torch.equal(twin(q, k, v, is_causal=True), expected)
+    assert module.state_dict() == {} and not module.load_state_dict({}).missing_keys
+    half = module.to(torch.bfloat16)
+    assert half(*(x.bfloat16() for x in (q, k, v))).dtype == torch.bfloat16
+    grads = [torch.autograd.grad(module(q, k, v).square().sum(), (q, k, v)) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_dropout_in_training_only(which):
+    module = modules()[which]
+    q, k, v = make_qkv(4, 32, 4, 8)
+    kept = module.eval()(q, k, v)
+    assert torch.equal(kept, module(q, k, v))
+    dropped = module.train()(q, k, v)
+    zero = dropped == 0
+    assert 0.45 < zero.float().mean() < 0.55
+    torch.testing.assert_close(dropped[~zero], 2 * kept[~zero])
+
+
+@pytest.mark.parametrize("which", [DilatedAttention, ImprovedDilatedAttention])
+def test_device_and_dtype_of_the_config_are_checked(which):
+    module = which(DilatedAttentionConfig((8,), (1,), dtype=torch.bfloat16))
+    with pytest.raises(TypeError, match="bfloat16"):
+        module(*make_qkv(1, 8))
+    module = which(DilatedAttentionConfig((8,), (1,), device="cuda"))
+    with pytest.raises(ValueError, match="cuda"):
+        module(*make_qkv(1, 8))
+
+
+def test_tf32_is_set_within_and_put_back():
+    fake = type("Fake", (), {"device": torch.device("cuda"), "dtype": torch.float32})()
+    matmul = torch.backends.cuda.matmul
+    for before in (False, True):
+        for allowed in (False, True):
+            matmul.allow_tf32 = before
+            with pytest.raises(KeyError), improved._tf32(allowed, fake):
+                assert matmul.allow_tf32 == allowed
+                raise KeyError
+            assert matmul.allow_tf32 == before
+    matmul.allow_tf32 = False
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_many_threads_through_one_module(which):
+    module = modules()[which].eval()
+    inputs = [make_qkv(1, 64, 4, 8, seed=i) for i in range(8)]
+    expected = [module(*x) for x in inputs]
+    wrong = []
+
+    def work(i: int) -> None:
+        for _ in range(10):
+            if not torch.equal(module(*inputs[i]), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert not wrong
+
+
+def test_autocast_like_torch():
+    q, k, v = make_qkv(1, 32, 4, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = dilated_attention(q, k, v, (8,), (1,))
+        mixed = dilated_attention(q, k.bfloat16(), v, (8,), (1,))
+        double = dilated_attention(q.double(), k.double(), v.double(), (8,), (1,), backend="math")
+    assert out.dtype == mixed.dtype == torch.bfloat16 and double.dtype == torch.float64
+    assert torch.equal(out, dilated_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), (8,), (1,)))
+    exact = dilated_attention(q.double(), k.double(), v.double(), (8,), (1,), backend="math")
+    assert torch.equal(double, exact)
+
+
+# ---------------------------------------------------------------- what is saved
+
+
+@pytest.mark.parametrize("mixing", ["groups", "softmax"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_for_backward_is_q_k_v_out_lse(mixing, dtype):
+    q, k, v = make_qkv(2, 64, 4, 16, dtype=dtype, requires_grad=True)
+    branches = ((16, 64), (1, 2))
+    saved = saved_for_backward(lambda *x: dilated_attention(*x, *branches, mixing=mixing), q, k, v)
+    lse = 2 * 64 * 4 * 4
+    assert saved.num_bytes == 4 * q.numel() * q.element_size() + lse
+    assert len(saved.tensors) == 5
+
+
+def test_readable_form_saves_more():
+    q, k, v = make_qkv(1, 64, 4, 16, requires_grad=True)
+    config = DilatedAttentionConfig((16, 64), (1, 2), mixing="softmax")
+    lean, rich = (
+        saved_for_backward(module(config), q, k, v) for module in (ImprovedDilatedAttention, DilatedAttention)
+    )
+    assert rich.num_bytes > 2 * lean.num_bytes
+
+
+# ---------------------------------------------------------------- compile
+
+
+@pytest.mark.parametrize("mixing", ["groups", "softmax"])
+def test_compiles_whole_with_few_recompilations(mixing):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    module = ImprovedDilatedAttention(DilatedAttentionConfig((16, 32), (1, 2), mixing=mixing))
+    compiled = torch.compile(module, backend=counter, fullgraph=True)
+    for n in (64, 96, 128, 160, 192, 224, 256, 320):
+        q, k, v = make_qkv(1, n, 4, 16, requires_grad=True)
+        out, expected = compiled(q, k, v, is_causal=True), module(q, k, v, is_causal=True)
+        assert torch.equal(out, expected)
+        got, wanted = (torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (out, expected))
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(got, wanted))
+    assert counter.frame_count <= 3  # the first compilation and at most two more
+
+
+def test_operator_is_registered_soundly():
+    q, k, v = make_qkv(1, 24, 4, 8, kv_heads=2, requires_grad=True)
+    mask = torch.zeros(1, 24, dtype=torch.bool)
+    for padding in (None, mask):
+        args = (q, k, v, padding, [8, 24], [1, 2], True, "softmax", "blocked", "error", 8**-0.5, "auto", True)
+        torch.library.opcheck(improved.forward_op, args)
+
+
+def test_export():
+    module = ImprovedDilatedAttention(DilatedAttentionConfig((8,), (2,), ragged="mask"))
+    q, k, v = make_qkv(1, 40, 4, 8)
+    exported = torch.export.export(module, (q, k, v))
+    assert torch.equal(exported.module()(q, k, v), module(q, k, v))
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def qkv(**change):
+    base = dict(zip("qkv", make_qkv(2, 32, 4, 8)))
+    base |= dict(segment_lengths=(8, 16), dilation_rates=(1, 2))
+    return base | change
+
+
+def shaped(*shape, dtype=torch.float32, device="cpu"):
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+GOOD = (2, 32, 4, 8)
+BAD = [  # what is passed, the error, what its text names
+    (dict(q=None), TypeError, ["q", "NoneType"]),
+    (dict(q=[[1.0]]), TypeError, ["q", "list"]),
+    (dict(v=np.zeros(GOOD)), TypeError, ["v", "ndarray"]),
+    (dict(q=shaped(32, 4, 8)), ValueError, ["q", "4 dimensions", "3"]),
+    (dict(q=shaped(8)), ValueError, ["q", "4 dimensions"]),
+    (dict(k=shaped(1, *GOOD)), ValueError, ["k", "4 dimensions", "5"]),
+    (dict(q=shaped(*GOOD, dtype=torch.int64)), TypeError, ["q", "int64"]),
+    (dict(k=shaped(*GOOD, dtype=torch.bool)), TypeError, ["k", "bool"]),
+    (dict(v=shaped(*GOOD, dtype=torch.complex64)), TypeError, ["v", "complex64"]),
+    (dict(q=shaped(*GOOD, dtype=torch.float8_e4m3fn)), TypeError, ["q", "float8"]),
+    (dict(k=shaped(*GOOD, dtype=torch.float64)), TypeError, ["k", "float64", "float32"]),
+    (dict(v=shaped(*GOOD, dtype=torch.bfloat16)), TypeError, ["v", "bfloat16"]),
+    (dict(k=shaped(*GOOD, device="meta")), ValueError, ["k", "meta", "cpu"]),
+    (dict(q=shaped(2, 0, 4, 8)), ValueError, ["q", "size 0"]),
+    (dict(q=shaped(0, 32, 4, 8), k=shaped(0, 32, 4, 8), v=shaped(0, 32, 4, 8)), ValueError, ["q", "size 0"]),
+    (dict(q=shaped(2, 32, 4, 0)), ValueError, ["q", "size 0"]),
+    (dict(k=shaped(3, 32, 4, 8)), ValueError, ["k", "batch"]),
+    (dict(k=shaped(2, 32, 4, 16), v=shaped(2, 32, 4, 16)), ValueError, ["k", "head_dim"]),
+    (dict(v=shaped(2, 48, 4, 8)), ValueError, ["v", "(2, 32, 4, 8)", "(2, 48, 4, 8)"]),
+    (dict(v=shaped(2, 32, 2, 8)), ValueError, ["v", "shape"]),
+    (dict(k=shaped(2, 32, 3, 8), v=shaped(2, 32, 3, 8)), ValueError, ["k", "divides", "3"]),
+    (dict(k=shaped(2, 32, 8, 8), v=shaped(2, 32, 8, 8)), ValueError, ["k", "divides", "8"]),
+    (dict(q=shaped(2, 48, 4, 8)), ValueError, ["q", "48 queries for 32 keys"]),
+    (dict(segment_lengths=()), ValueError, ["segment_lengths"]),
+    (dict(segment_lengths=(), dilation_rates=()), ValueError, ["segment_lengths"]),
+    (dict(segment_lengths=8), TypeError, ["segment_lengths", "list or tuple"]),
+    (dict(segment_lengths="8"), TypeError, ["segment_lengths"]),
+    (dict(segment_lengths=(8,)), ValueError, ["segment_lengths", "dilation_rates", "(8,)", "(1, 2)"]),
+    (dict(dilation_rates=(1, 2, 4)), ValueError, ["dilation_rates", "(1, 2, 4)"]),
+    (dict(segment_lengths=(0, 16)), ValueError, ["segment_lengths[0]", "0"]),
+    (dict(segment_lengths=(8, -16)), ValueError, ["segment_lengths[1]", "-16"]),
+    (dict(segment_lengths=(True, 16)), TypeError, ["segment_lengths[0]", "True"]),
+    (dict(segment_lengths=(8.0, 16)), TypeError, ["segment_lengths[0]", "8.0"]),
+    (dict(segment_lengths=(8, math.nan)), TypeError, ["segment_lengths[1]", "nan"]),
+    (dict(segment_lengths=(8, None)), TypeError, ["segment_lengths[1]", "None"]),
+    (dict(dilation_rates=(0, 1)), ValueError, ["dilation_rates[0]", "0"]),
+    (dict(dilation_rates=(1, -2)), ValueError, ["dilation_rates[1]", "-2"]),
+    (dict(dilation_rates=(1, 2.5)), TypeError, ["dilation_rates[1]", "2.5"]),
+    (dict(dilation_rates=(1, False)), TypeError, ["dilation_rates[1]", "False"]),
+    (dict(dilation_rates=None), TypeError, ["dilation_rates", "None"]),
+    (dict(mixing="group"), ValueError, ["mixing", "group", "groups"]),
+    (dict(mixing=None), TypeError, ["mixing", "None"]),
+    (dict(offsets="block"), ValueError, ["offsets", "blocked"]),
+    (dict(offsets=0), TypeError, ["offsets", "0"]),
+    (dict(ragged="pad"), ValueError, ["ragged", "pad"]),
+    (dict(ragged=True), TypeError, ["ragged", "True"]),
+    (dict(backend="flashy"), ValueError, ["backend", "flashy", "flash"]),
+    (dict(backend=None), TypeError, ["backend", "None"]),
+    (dict(backend="cudnn"), ValueError, ["backend", "cudnn", "CUDA", "flash"]),
+    (dict(backend="efficient"), ValueError, ["backend", "efficient", "CUDA"]),
+    (dict(backend="flash_attn"), ValueError, ["backend", "flash_attn", "not installed"]),
+    (dict(is_causal=1), TypeError, ["is_causal", "1"]),
+    (dict(is_causal=None), TypeError, ["is_causal", "None"]),
+    (dict(use_tf32="yes"), TypeError, ["use_tf32", "yes"]),
+    (dict(scale=0.0), ValueError, ["scale", "0"]),
+    (dict(scale=-1.0), ValueError, ["scale", "-1"]),
+    (dict(scale=math.nan), ValueError, ["scale", "nan"]),
+    (dict(scale=math.inf), ValueError, ["scale", "inf"]),
+    (dict(scale="1"), TypeError, ["scale", "1"]),
+    (dict(scale=True), TypeError, ["scale", "True"]),
+    (dict(segment_lengths=(8, 24)), ValueError, ["32", "24", "ragged='mask'", "pad to 48", "cut to 24"]),
+    (dict(segment_lengths=(8, 64)), ValueError, ["32", "64", "ragged='mask'", "pad to 64"]),
+    (dict(segment_lengths=(5, 16)), ValueError, ["32", "5", "pad to 80"]),
+    (dict(segment_lengths=(8,) * 5, dilation_rates=(1,) * 5), ValueError, ["num_heads", "4", "5", "softmax"]),
+    (dict(key_padding_mask=shaped(2, 31, dtype=torch.bool)), ValueError, ["key_padding_mask", "(2, 32)", "(2, 31)"]),
+    (dict(key_padding_mask=shaped(32, dtype=torch.bool)), ValueError, ["key_padding_mask", "(2, 32)"]),
+    (dict(key_padding_mask=shaped(2, 32)), TypeError, ["key_padding_mask", "bool", "float32"]),
+    (dict(key_padding_mask=shaped(2, 32, dtype=torch.uint8)), TypeError, ["key_padding_mask", "bool", "uint8"]),
+    (dict(key_padding_mask=[[True]]), TypeError, ["key_padding_mask", "list"]),
+    (dict(key_padding_mask=shaped(2, 32, dtype=torch.bool, device="meta")), ValueError, ["key_padding_mask", "meta"]),
+]
+assert len(BAD) >= 60
+
+
+@pytest.mark.parametrize(("change", "error", "texts"), BAD, ids=lambda x: "-".join(x) if isinstance(x, dict) else None)
+def test_bad_input_is_explained(change, error, texts):
+    arguments = qkv(**change)
+    before = {name: x.clone() for name, x in arguments.items() if isinstance(x, Tensor) and x.device.type != "meta"}
+    with pytest.raises(error) as caught:
+        dilated_attention(**arguments)
+    message = str(caught.value)
+    assert all(text in message for text in texts), message
+    assert len(message) < 400 and "\n" not in message
+    assert all(torch.equal(arguments[name], x) for name, x in before.items())
+
+
+CONFIG_FIELDS = {"segment_lengths", "dilation_rates", "mixing", "offsets", "ragged"}
+
+
+@pytest.mark.parametrize("module", [DilatedAttention, ImprovedDilatedAttention])
+@pytest.mark.parametrize(("change", "error", "texts"), BAD, ids=lambda x: "-".join(x) if isinstance(x, dict) else None)
+def test_modules_explain_too(module, change, error, texts):
+    if set(change) & {"scale", "use_tf32", "backend"}:
+        pytest.skip("not an argument of the modules' forward")
+    arguments = qkv(**change)
+    with pytest.raises(error) as caught:
+        config = DilatedAttentionConfig(**{x: arguments.pop(x) for x in CONFIG_FIELDS & set(arguments)})
+        module(config)(**arguments)
+    assert all(text in str(caught.value) for text in texts), str(caught.value)
+
+
+@pytest.mark.parametrize("dropout", [1.0, 1.5, -0.1, math.nan, "0.1", True, None])
+def test_bad_dropout(dropout):
+    with pytest.raises((TypeError, ValueError), match="dropout"):
+        DilatedAttentionConfig((8,), (1,), dropout=dropout)
+
+
+def test_readable_backend_is_checked():
+    with pytest.raises(ValueError, match="backend"):
+        DilatedAttention(DilatedAttentionConfig((8,), (1,)), backend="flashy")
