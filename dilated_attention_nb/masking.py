@@ -37,7 +37,7 @@ def branch_mask(
     s: int,  # offset, 0 <= s < r
     is_causal: bool = False,
 ) -> Bool[Tensor, "nq nk"]:
-    "Who sees whom in one branch (LongNet, Ding et al. 2023, arXiv:2307.02486, eq. 2 to 4)."
+    "Who sees whom in one branch (LongNet, Ding et al. 2023, arXiv:2307.02486, section 2.2)."
     i, j = torch.arange(nk - nq, nk)[:, None], torch.arange(nk)
     mask = (i // w == j // w) & ((i % w) % r == s) & ((j % w) % r == s)
     return mask & (j <= i) if is_causal else mask
@@ -57,7 +57,7 @@ def branch_heads(
     mixing: str = "groups",
     offsets: str = "blocked",
 ) -> tuple[tuple[range, int], ...]:  # (heads, offset) pairs
-    "The heads that take a branch, collected by their offset (LongNet, section 2.2 'Multi-head dilated attention')."
+    "The heads that take a branch, collected by their offset (LongNet, section 2.2)."
     check_choice("mixing", mixing, MIXINGS)
     check_choice("offsets", offsets, OFFSETS)
     check_heads(num_heads, len(dilation_rates), mixing)
@@ -165,10 +165,12 @@ class Tile:
 
     @property
     def segments(self) -> int:
+        "How many segments the tile spans."
         return self.pieces[0].queries.segments
 
     @property
     def num_heads(self) -> int:
+        "Query heads of all pieces."
         return sum(piece.num_heads for piece in self.pieces)
 
     @property
