@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,9 @@ RESULTS = Path(__file__).with_name("core.json")
 
 def environment() -> dict[str, Any]:
     "Where a section was measured."
-    names = [x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
+    names = [
+        x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")
+    ]
     features = [x for x in ("avx512_bf16", "amx_bf16") if x in Path("/proc/cpuinfo").read_text()]
     return {
         "device": "cpu",
@@ -77,7 +80,7 @@ LENGTHS, RATES = (2048, 4096, 8192, 16_384), (1, 2, 4, 8)
 
 
 def gathered(x: torch.Tensor, mixing: str) -> list[torch.Tensor]:
-    "What each branch attends to, copied beforehand: `[segments, heads, w / r, d]` over rows of `[segments, w / r, heads, d]`."
+    "What each branch attends to, copied beforehand: `[segments, heads, w / r, d]`, tokens before heads in memory."
     from dilated_attention_nb.masking import branch_heads
 
     found = []
@@ -127,7 +130,85 @@ def floor() -> dict[str, Any]:
     return {"n": N, "heads": H, "head_dim": D, "segment_lengths": LENGTHS, "dilation_rates": RATES, "rows": rows}
 
 
-SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {"causal_mask": causal_mask, "floor": floor}
+def dense() -> dict[str, Any]:
+    "`dilated_attention` against dense `scaled_dot_product_attention`, causal bfloat16."
+    from dilated_attention_nb.improved import dilated_attention
+
+    rows = []
+    for n in (16_384, 32_768, 65_536):
+        q, k, v, dout = (torch.randn(1, n, H, D).bfloat16() for _ in range(4))
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+
+        def ours(x: Any = leaves) -> torch.Tensor:
+            return dilated_attention(*x, LENGTHS, RATES, is_causal=True, mixing="softmax")
+
+        def theirs(x: Any = leaves) -> torch.Tensor:
+            swapped = (y.transpose(1, 2) for y in x)
+            return torch.nn.functional.scaled_dot_product_attention(*swapped, is_causal=True).transpose(1, 2)
+
+        for what in ("forward", "forward+backward"):
+            both = what != "forward"
+            seconds = alternate(
+                {
+                    name: (lambda f=f, x=leaves, g=dout: torch.autograd.grad(f(x), x, g))
+                    if both
+                    else (lambda f=f, x=(q, k, v): f(x))
+                    for name, f in (("dilated", ours), ("dense", theirs))
+                },
+                2 if both else 3,
+            )
+            row = {"n": n, "what": what, "speedup": seconds["dense"] / seconds["dilated"]}
+            rows.append(row | {f"{name}_ms": t * 1e3 for name, t in seconds.items()})
+            print(rows[-1], flush=True)
+    about = {"heads": H, "head_dim": D, "dtype": "bfloat16", "causal": True, "mixing": "softmax"}
+    return about | {"segment_lengths": LENGTHS, "dilation_rates": RATES, "rows": rows}
+
+
+def long_run(n: int, backward: bool, seconds: str) -> None:
+    "One run at length n, for a process of its own; its time goes to the file `seconds`."
+    from dilated_attention_nb.improved import dilated_attention
+
+    q, k, v = (torch.randn(1, n, H, D, dtype=torch.bfloat16).requires_grad_(backward) for _ in range(3))
+    begin = time.perf_counter()
+    out = dilated_attention(q, k, v, LENGTHS, RATES, is_causal=True, mixing="softmax")
+    if backward:
+        out.backward(torch.randn(1, n, H, D, dtype=torch.bfloat16))
+    Path(seconds).write_text(str(time.perf_counter() - begin))
+
+
+def million() -> dict[str, Any]:
+    "Up to a million tokens in one process: time per token, and the peak of the process's memory."
+    import core  # this file, under a name that another process can import
+
+    from dilated_attention_nb.testing import peak_memory
+
+    rows: list[dict[str, Any]] = []
+    for backward in (False, True):
+        runs: dict[int, list[tuple[float, int]]] = {131_072: [], 1_048_576: []}
+        for _ in range(3):
+            for n, found in runs.items():
+                with tempfile.TemporaryDirectory() as folder:
+                    file = f"{folder}/seconds"
+                    peak = peak_memory(core.long_run, n, backward, file, timeout_s=1800).peak
+                    found.append((float(Path(file).read_text()), peak))
+        for n, found in runs.items():
+            seconds = statistics.median(t for t, _ in found)
+            row = {"n": n, "what": "forward+backward" if backward else "forward", "seconds": seconds}
+            row |= {"us_per_token": seconds / n * 1e6, "peak_gib": max(peak for _, peak in found) / 2**30}
+            rows.append(
+                row | {"per_token_ratio": seconds / n / (rows[-1]["seconds"] / 131_072) if n > 131_072 else 1.0}
+            )
+            print(rows[-1], flush=True)
+    about = {"heads": H, "head_dim": D, "dtype": "bfloat16", "causal": True, "mixing": "softmax"}
+    return about | {"segment_lengths": LENGTHS, "dilation_rates": RATES, "rows": rows}
+
+
+SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
+    "causal_mask": causal_mask,
+    "floor": floor,
+    "dense": dense,
+    "million": million,
+}
 
 
 def main() -> None:
