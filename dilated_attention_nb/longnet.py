@@ -245,16 +245,23 @@ class LongNetLayer(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         if not self.training or self.drop_path == 0:
             return x
-        kept = torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path
+        kept = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.drop_path
         return x * kept / (1 - self.drop_path)
 
 # %% ../nbs/12_longnet.ipynb #cd7efe97
+def _check_config(config: Any) -> LongNetConfig:
+    if not isinstance(config, LongNetConfig):
+        rule, advice = "be a LongNetConfig", "make one with LongNetConfig.from_dict"
+        raise TypeError(complaint("config", rule, type(config).__name__, advice))
+    return config
+
+
 class LayerStack(nn.Module):
-    "Layers one after another, then a LayerNorm; over embeddings."
+    "Layers one after another, then a LayerNorm; over embeddings. Raises `TypeError` for another config."
 
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = _check_config(config)
         self.layers = nn.ModuleList(LongNetLayer(config, depth) for depth in range(config.num_layers))
         self.layer_norm = nn.LayerNorm(config.embed_dim, config.layer_norm_eps)
 
@@ -275,6 +282,9 @@ class LayerStack(nn.Module):
         is_causal: bool = False,
     ) -> Iterator[Float[Tensor, "b n e"]]:
         "The stream before the first layer and after each, without the final LayerNorm."
+        if x.dim() != 3 or x.shape[2] != self.config.embed_dim:
+            rule = f"have shape [batch, seq, embed_dim] with embed_dim {self.config.embed_dim}"
+            raise ValueError(complaint("x", rule, tuple(x.shape), "the batch comes first"))
         position = self._rotation(x, is_causal)
         x = F.dropout(x, self.config.dropout, self.training)
         yield x
@@ -311,7 +321,7 @@ def _chunks(x: Tensor, weight: Tensor, targets: Tensor, ignored: int) -> Iterato
 @torch.library.custom_op("dilated_attention_nb::token_losses", mutates_args=())
 def losses_op(x: Tensor, weight: Tensor, targets: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
     "The loss of each row, and its log-sum-exp."
-    losses = x.new_empty(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
+    losses = x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
     lse = torch.empty_like(losses)
     with torch.autocast(x.device.type, enabled=False):
         for rows, logits, wanted, kept in _chunks(x, weight, targets, ignored):
@@ -338,7 +348,7 @@ def losses_backward_op(
 
 @losses_op.register_fake
 def _(x: Tensor, weight: Tensor, targets: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
-    losses = x.new_empty(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
+    losses = x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
     return losses, torch.empty_like(losses)
 
 
@@ -374,21 +384,23 @@ def token_losses(
     return losses.view(targets.shape)
 
 # %% ../nbs/12_longnet.ipynb #67b518e2
-def check_tokens(name: str, x: Any, vocab_size: int) -> None:
-    "`x` must be token numbers `[batch, seq]`; on the CPU, outside of compiled code, they are also looked at."
+def check_tokens(name: str, x: Any, vocab_size: int, ignored: int | None = None) -> None:
+    """`x` must be token numbers `[batch, seq]`, or `ignored`.
+
+    The numbers themselves are looked at on the CPU, outside of compiled code: elsewhere that would take time.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(complaint(name, "be a tensor of tokens [batch, seq]", type(x).__name__, "use torch.tensor"))
     if x.dtype not in (torch.int32, torch.int64):
         raise TypeError(complaint(name, "be int64 or int32", x.dtype, "convert it with .long()"))
-    if x.dim() != 2 or 0 in x.shape:
-        raise ValueError(
-            complaint(name, "have shape [batch, seq], neither 0", tuple(x.shape), "add the batch with [None]")
-        )
+    if x.dim() != 2 or x.shape[0] == 0 or x.shape[1] == 0:
+        rule = "have shape [batch, seq], neither 0"
+        raise ValueError(complaint(name, rule, tuple(x.shape), "add the batch with [None]"))
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = (int(end) for end in x.aminmax())
+        low, high = (int(end) for end in (x if ignored is None else x.where(x != ignored, 0)).aminmax())
         if low < 0 or high >= vocab_size:
-            wrong = low if low < 0 else high
-            raise ValueError(complaint(name, f"be in [0, {vocab_size})", wrong, "is it another tokenizer's?"))
+            rule = f"be {'' if ignored is None else f'{ignored} or '}in [0, {vocab_size})"
+            raise ValueError(complaint(name, rule, low if low < 0 else high, "is it another tokenizer's?"))
 
 
 class LongNet(nn.Module):
@@ -399,6 +411,7 @@ class LongNet(nn.Module):
 
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__()
+        _check_config(config)
         if config.vocab_size is None:
             raise ValueError(complaint("vocab_size", "be an integer in a language model", None, "bytes have 256"))
         self.config = config
@@ -431,7 +444,8 @@ class LongNet(nn.Module):
         if targets is None:
             return F.linear(x, self.head_weight)
         check_choice("reduction", reduction, ("mean", "none"))
-        if targets.shape != tokens.shape:
+        check_tokens("targets", targets, self.head_weight.shape[0], -100)
+        if targets.shape[0] != tokens.shape[0] or targets.shape[1] != tokens.shape[1]:
             rule = f"have the shape of tokens {tuple(tokens.shape)}"
             raise ValueError(complaint("targets", rule, tuple(targets.shape), "they are the tokens, shifted by one"))
         if key_padding_mask is not None:
