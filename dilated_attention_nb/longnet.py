@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['POSITIONS', 'LARGEST_EXPONENT', 'LongNetConfig', 'longnet_125m', 'longnet_tiny', 'rotate', 'Rotation',
-           'make_rotation', 'FeedForward', 'LongNetLayer', 'LayerStack', 'losses_op', 'losses_backward_op',
-           'token_losses', 'check_tokens', 'LongNet', 'LongNetEncoder', 'parameter_counts']
+           'make_rotation', 'FeedForward', 'LongNetLayer', 'LayerStack', 'token_losses', 'LongNet', 'LongNetEncoder',
+           'parameter_counts']
 
 # %% ../nbs/12_longnet.ipynb #9f16e6b4
 import math
@@ -32,7 +32,7 @@ from dilated_attention_nb.config import (
 )
 from .multihead import KINDS, MultiheadDilatedAttention, magneto_init
 
-# %% ../nbs/12_longnet.ipynb #061d15ec
+# %% ../nbs/12_longnet.ipynb #5c75ec12
 POSITIONS = ("xpos", "rope", "none")
 LARGEST_EXPONENT = 44.0  # of xPos: e^44 times e^44 is still a float32 and a bfloat16
 
@@ -305,7 +305,7 @@ class LayerStack(nn.Module):
             last = state
         return self.layer_norm(last)
 
-# %% ../nbs/12_longnet.ipynb #6a5910e1
+# %% ../nbs/12_longnet.ipynb #3c3ef8f0
 _LOGITS = 2**22  # computed at a time: 16 MiB in float32
 
 
@@ -383,7 +383,7 @@ def token_losses(
     losses, _ = losses_op(x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), ignore_index)
     return losses.view(targets.shape)
 
-# %% ../nbs/12_longnet.ipynb #67b518e2
+# %% ../nbs/12_longnet.ipynb #9090201e
 def check_tokens(name: str, x: Any, vocab_size: int, ignored: int | None = None) -> None:
     """`x` must be token numbers `[batch, seq]`, or `ignored`.
 
@@ -403,6 +403,13 @@ def check_tokens(name: str, x: Any, vocab_size: int, ignored: int | None = None)
             raise ValueError(complaint(name, rule, low if low < 0 else high, "is it another tokenizer's?"))
 
 
+def _embedding(vocab_size: int, embed_dim: int) -> nn.Embedding:
+    "Normal with variance `1 / embed_dim`."
+    table = nn.Embedding(vocab_size, embed_dim)
+    nn.init.normal_(table.weight, std=embed_dim**-0.5)
+    return table
+
+# %% ../nbs/12_longnet.ipynb #911ead85
 class LongNet(nn.Module):
     """A causal language model with dilated attention: LongNet, Ding et al. 2023, arXiv:2307.02486.
 
@@ -452,13 +459,6 @@ class LongNet(nn.Module):
             targets = targets.masked_fill(key_padding_mask, -100)
         losses = token_losses(x, self.head_weight, targets)
         return losses if reduction == "none" else losses.sum() / (targets != -100).sum().clamp(min=1)
-
-
-def _embedding(vocab_size: int, embed_dim: int) -> nn.Embedding:
-    "Normal with variance `1 / embed_dim`."
-    table = nn.Embedding(vocab_size, embed_dim)
-    nn.init.normal_(table.weight, std=embed_dim**-0.5)
-    return table
 
 # %% ../nbs/12_longnet.ipynb #ada8acfa
 class LongNetEncoder(LayerStack):

@@ -21,7 +21,7 @@ from dilated_attention_nb.multihead import (
     project,
     resolve_kind,
 )
-from dilated_attention_nb.testing import attention_cases, oracle_attention, oracle_counts
+from dilated_attention_nb.testing import attention_cases, oracle_attention, oracle_counts, saved_for_backward
 
 BRANCHES = {"segment_lengths": (4, 8), "dilation_rates": (1, 2)}
 SMALL = {"embed_dim": 32, "num_heads": 4, **BRANCHES, "ragged": "mask"}
@@ -97,6 +97,13 @@ def test_one_product_is_three(kv_heads):
     assert torch.allclose(one, three, atol=1e-14)
     grads = [torch.autograd.grad(out.square().sum(), [leaf, *mha.parameters()]) for out, leaf in ((one, x), (three, y))]
     assert all(torch.allclose(a, b, atol=1e-11) for a, b in zip(*grads))
+
+
+def test_values_do_not_hold_on_to_queries_and_keys_that_were_moved():
+    mha, x = make(dtype=None), inputs(1, 800, dtype=torch.float32)
+    still = saved_for_backward(mha, x).num_bytes
+    moved = saved_for_backward(lambda x: mha(x, position=lambda q, k: (q + 0, k + 0)), x).num_bytes
+    assert moved <= still + 16_384  # q, k and v once, besides other copies of the weights
 
 
 def test_names_are_those_of_torchscale():
