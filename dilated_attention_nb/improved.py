@@ -33,7 +33,7 @@ from dilated_attention_nb.config import (
     check_scale,
 )
 from .masking import Piece, Tile, clipped, tiles
-from .partial import attend_backward, attend_forward, merge_, resolve_backend
+from .partial import attend_backward, attend_forward, merge_, merge_lse_, resolve_backend
 
 # %% ../nbs/07_improved.ipynb #794ac4b6
 class Workspace:
@@ -84,9 +84,11 @@ def scatter(result: Tensor, target: Tensor, side: list[tuple[slice, Any, int]]) 
     return ((grid.view(target[:, :, heads]), part) for (heads, grid, _), part in zip(side, parts))
 
 # %% ../nbs/07_improved.ipynb #cfa8280a
-def portion_size(device: torch.device) -> int:
+def portion_size(q: Tensor) -> int:
     "Numbers in the queries of a portion."
-    return 2**21 if device.type == "cpu" else 2**27
+    if q.device.type != "cpu":
+        return 2**27
+    return 2**23 if q.element_size() > 2 else 2**21
 
 
 def portions(
@@ -95,7 +97,7 @@ def portions(
     "For each independent portion its `(first, last)` key/value head, and the `(tokens, heads)` of q and of k and v."
     (b, nq, h, d), nk, kv = q.shape, k.shape[1], k.shape[2]
     past, repeat, step = nk - nq, h // kv, min(lcm(*segment_lengths), nk)
-    room = portion_size(q.device) // (b * d * repeat)
+    room = portion_size(q) // (b * d * repeat)
     heads = min(max(1, room // step), kv)
     step *= max(1, room // (step * heads))
     for first in range(0, kv, heads):
@@ -108,10 +110,9 @@ def portions(
 
 def tile_parts(tile: Tile, q: Tensor, masked: bool) -> Iterator[Tile]:
     "The tile in parts that gather about one portion; with a padding mask one offset at a time: it sees other keys."
+    room = portion_size(q) // (4 if q.element_size() > 2 else 1)  # what a copy may take
     for one in (replace(tile, pieces=(p,)) for p in tile.pieces) if masked else (tile,):
-        yield from one.split(
-            max(1, portion_size(q.device) // (q.shape[0] * one.num_heads * max(one.size) * q.shape[3]))
-        )
+        yield from one.split(max(1, room // (q.shape[0] * one.num_heads * max(one.size) * q.shape[3])))
 
 # %% ../nbs/07_improved.ipynb #a5f5cab3
 @dataclass(frozen=True)
@@ -145,6 +146,14 @@ def _covers(tile: Tile, heads: int, q: Tensor) -> bool:
     return first.rate == 1 and tile.num_heads == heads and tile.segments * first.count == q.shape[1]
 
 
+def _gaps(plan: tuple[Tile, ...], heads: int) -> slice:
+    "The heads some of whose rows lie on no grid, when every head has one branch."
+    every = range(heads)
+    whole = {h for tile in plan for p in tile.pieces if p.queries.rate == 1 for h in every[p.q_heads]}
+    rest = [h for h in every if h not in whole]
+    return slice(rest[0], rest[-1] + 1) if rest else slice(0, 0)
+
+
 def _padding(mask: Tensor | None, part: Tile) -> Tensor | None:
     "The padding mask of the keys of a part."
     return None if mask is None else part.pieces[0].keys.view(mask).flatten(0, 1)
@@ -156,14 +165,13 @@ def forward_portion(
 ) -> None:  # fmt: skip
     "Attend to all tiles of a portion and leave the merged result in `out` and `lse`."
     alone = options.mixing == "groups"  # no row belongs to two tiles
-    direct = alone or out.dtype == lse.dtype
-    wide = out if direct else space("wide", out.transpose(1, 2).shape, lse.dtype).transpose(1, 2)
     filled = bool(plan) and _covers(plan[0], q.shape[2], q)
-    if not filled:
-        wide.zero_()
-        lse.fill_(-inf)
+    bare = _gaps(plan, q.shape[2]) if alone else slice(0, 0 if filled else q.shape[2])
+    out[:, :, bare].zero_()
+    lse[:, :, bare].fill_(-inf)
+    later: list[tuple[slice, Any, Tensor, Tensor | None]] = []
     for tile in plan:
-        store = alone or (filled and tile is plan[0])
+        store = filled and tile is plan[0]
         for part in tile_parts(tile, q, mask is not None):
             rows, keys = sides(part)
             inputs = ("q", q, rows), ("k", k, keys), ("v", v, keys)
@@ -171,18 +179,40 @@ def forward_portion(
             o, l = attend_forward(gq, gk, gv, options.is_causal, _padding(mask, part), options.scale, options.backend)
             if tile.zeros:
                 merge_(o, l, torch.zeros_like(o), torch.full_like(l, tile.zeros).log_())
-            if options.divisor > 1:
-                o.div_(options.divisor)
-            if o.dtype != wide.dtype and not store:
-                o = space("o", o.shape, wide.dtype).copy_(o)
-            for (out_rows, o_part), (lse_rows, l_part) in zip(scatter(o, wide, rows), scatter(l, lse, rows)):
-                if store:
+            found = zip(rows, scatter(o, out, rows), scatter(l, lse, rows))
+            for (heads, grid, _), (out_rows, o_part), (lse_rows, l_part) in found:
+                if alone:
+                    torch.div(o_part, options.divisor, out=out_rows)
+                    lse_rows.copy_(l_part)
+                elif out.dtype == lse.dtype and store:
                     out_rows.copy_(o_part)
                     lse_rows.copy_(l_part)
-                else:
+                elif out.dtype == lse.dtype:
                     merge_(out_rows, lse_rows, o_part, l_part)
-    if not direct:
-        out.copy_(wide)
+                elif store:
+                    lse_rows.copy_(l_part)
+                    later.append((heads, grid, o_part, None))
+                else:
+                    later.append((heads, grid, o_part, merge_lse_(lse_rows, l_part)))
+    if not alone and out.dtype != lse.dtype:
+        _merge_later(out, later, lse.dtype, space)
+
+
+def _merge_later(out: Tensor, parts: list[Any], dtype: torch.dtype, space: Workspace) -> None:
+    "Merge parts `(heads, grid, out, weight)` in a wider dtype, head by head, and round once."
+    every = range(out.shape[2])
+    for head in every:
+        mine = [(p, every[p[0]].index(head)) for p in parts if head in every[p[0]]]
+        wide = space("wide", (*out.shape[:2], 1, out.shape[3]), dtype)
+        if not mine or mine[0][0][3] is not None:
+            wide.zero_()
+        for (_, grid, o, weight), i in mine:
+            there, o = grid.view(wide), o[:, :, :, i : i + 1]
+            if weight is None:
+                there.copy_(o)
+            else:
+                there.lerp_(space("o", o.shape, dtype).copy_(o), weight[:, :, :, i : i + 1])
+        out[:, :, head : head + 1].copy_(wide)
 
 # %% ../nbs/07_improved.ipynb #f6410763
 def backward_portion(

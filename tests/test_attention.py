@@ -241,7 +241,7 @@ def test_strides_do_not_matter(path):
 
 def test_readable_and_improved_agree_at_length(monkeypatch):
     "Several windows, portions of heads and parts of tiles."
-    monkeypatch.setattr(improved, "portion_size", lambda device: 2**17)
+    monkeypatch.setattr(improved, "portion_size", lambda q: 2**17)
     q, k, v = make_qkv(1, 5000, 4, 64, kv_heads=2, requires_grad=True)
     options = dict(segment_lengths=(128, 512, 4096), dilation_rates=(1, 3, 8), mixing="softmax", ragged="mask")
     assert len(list(improved.portions(q, k, options["segment_lengths"]))) == 4
@@ -256,7 +256,7 @@ def test_readable_and_improved_agree_at_length(monkeypatch):
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 def test_portions_partition_the_work(device_type, monkeypatch):
-    monkeypatch.setattr(improved, "portion_size", lambda device: 2**13 if device_type == "cpu" else 2**27)
+    monkeypatch.setattr(improved, "portion_size", lambda q: 2**13 if device_type == "cpu" else 2**27)
     for nq, nk, ws in ((100, 100, (8, 12)), (37, 100, (8, 12)), (1, 100, (64,)), (64, 64, (64, 32))):
         q, k, _ = make_qkv(2, nq, 6, 8, kv_heads=3, nk=nk)
         seen = torch.zeros(nq, 6, dtype=torch.int64)
@@ -270,7 +270,7 @@ def test_portions_partition_the_work(device_type, monkeypatch):
 def test_equals_the_oracle_in_small_portions(case):
     "The same with portions so small that every sequence is cut wherever it may be."
     before = improved.portion_size
-    improved.portion_size = lambda device: 64
+    improved.portion_size = lambda q: 64
     try:
         held("improved", case)
     finally:
