@@ -107,6 +107,9 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     return value
 
 # %% ../nbs/00_config.ipynb #e656fa8d
+_LARGEST = 2**48
+
+
 def check_ints(name: str, values: Any) -> tuple[int, ...]:
     "A list, tuple or one-dimensional array of integers of at least 1, as a tuple; empty is a `ValueError`."
     items = values.tolist() if hasattr(values, "tolist") else values
@@ -114,7 +117,12 @@ def check_ints(name: str, values: Any) -> tuple[int, ...]:
         raise TypeError(complaint(name, "be a list or tuple of integers", shown(values), "write one branch as (4,)"))
     if not items:
         raise ValueError(complaint(name, "have an entry per branch", "none", "full attention is (n,) with rate (1,)"))
-    return tuple(check_int(f"{name}[{i}]", item) for i, item in enumerate(items))
+    numbers = tuple(check_int(f"{name}[{i}]", item) for i, item in enumerate(items))
+    if max(numbers) > _LARGEST:
+        raise ValueError(
+            complaint(name, f"have entries up to 2**48 = {_LARGEST}", max(numbers), "no sequence is longer")
+        )
+    return numbers
 
 
 def check_branches(segment_lengths: Any, dilation_rates: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

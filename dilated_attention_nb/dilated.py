@@ -24,7 +24,7 @@ from dilated_attention_nb.config import (
     check_qkv,
 )
 from .masking import Grid, Piece, Tile, clipped, tiles
-from .partial import attend, merge
+from .partial import attend, cast_like_autocast, merge
 
 # %% ../nbs/06_dilated.ipynb #e3182603
 def gather(
@@ -104,10 +104,15 @@ class DilatedAttention(nn.Module):
     ) -> Float[Tensor, "b nq h d"]:
         "Queries are the last positions. Rows without keys are 0. Raises `ValueError` or `TypeError` for bad input."
         c = self.config
+        q, k, v = cast_like_autocast(q, k, v)
         check_flag("is_causal", is_causal)
         check_qkv(q, k, v, key_padding_mask)
         for name, x in (("q", q), ("k", k), ("v", v)):
             check_placement(name, x, c.device, c.dtype)
+        if not c.use_tf32 and q.device.type == "cuda" and q.dtype == torch.float32:
+            raise ValueError(
+                "use_tf32=False needs ImprovedDilatedAttention: autograd's backward pass would ignore it here"
+            )
         check_heads(q.shape[2], c.num_branches, c.mixing)
         check_length(k.shape[1], c.segment_lengths, c.ragged)
         wide = torch.promote_types(q.dtype, torch.float32)

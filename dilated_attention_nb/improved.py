@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 from torch.nn.functional import dropout
 
 from dilated_attention_nb.config import (
@@ -26,6 +27,7 @@ from dilated_attention_nb.config import (
     check_branches,
     check_choice,
     check_flag,
+    check_floats,
     check_heads,
     check_length,
     check_placement,
@@ -33,7 +35,14 @@ from dilated_attention_nb.config import (
     check_scale,
 )
 from .masking import Piece, Tile, clipped, tiles
-from .partial import attend_backward, attend_forward, merge_, merge_lse_, resolve_backend
+from dilated_attention_nb.partial import (
+    attend_backward,
+    attend_forward,
+    cast_like_autocast,
+    merge_,
+    merge_lse_,
+    resolve_backend,
+)
 
 # %% ../nbs/07_improved.ipynb #794ac4b6
 class Workspace:
@@ -263,11 +272,11 @@ def _tf32(allowed: bool, q: Tensor) -> Iterator[None]:
         yield
         return
     matmul = torch.backends.cuda.matmul
-    before, matmul.allow_tf32 = matmul.allow_tf32, allowed
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if allowed else "ieee"
     try:
         yield
     finally:
-        matmul.allow_tf32 = before
+        matmul.fp32_precision = before
 
 
 def _lse_dtype(q: Tensor) -> torch.dtype:
@@ -349,15 +358,6 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, 
 forward_op.register_autograd(_backward, setup_context=_save)
 
 # %% ../nbs/07_improved.ipynb #f8ed8d68
-def _same_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    "Under autocast the tensors in its dtype; float64 stays."
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
-
-
 def dilated_attention(
     q: Float[Tensor, "b nq h d"],
     k: Float[Tensor, "b nk hk d"],
@@ -386,12 +386,15 @@ def dilated_attention(
     check_choice("backend", backend, BACKENDS)
     check_flag("is_causal", is_causal)
     check_flag("use_tf32", use_tf32)
-    if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor):
-        q, k, v = _same_autocast(q, k, v)
+    q, k, v = cast_like_autocast(q, k, v)
     check_qkv(q, k, v, key_padding_mask)
     check_heads(q.shape[2], len(segment_lengths), mixing)
     check_length(k.shape[1], segment_lengths, ragged)
     factor = q.shape[-1] ** -0.5 if (scale := check_scale(scale)) is None else scale
+    if not torch.compiler.is_compiling() and any(unpack_dual(x).tangent is not None for x in (q, k, v)):
+        raise NotImplementedError(
+            "dilated_attention has no forward-mode derivative; use DilatedAttention(config, 'math')"
+        )
     branches = list(segment_lengths), list(dilation_rates)
     how = (is_causal, mixing, offsets, ragged, factor, backend, use_tf32)
     return forward_op(q, k, v, key_padding_mask, *branches, *how)[0]
@@ -417,7 +420,9 @@ class ImprovedDilatedAttention(nn.Module):
     ) -> Float[Tensor, "b nq h d"]:
         "Raises `ValueError` or `TypeError` for bad input, also if it isn't of the config's dtype or device."
         c = self.config
+        q, k, v = cast_like_autocast(q, k, v)
         for name, x in (("q", q), ("k", k), ("v", v)):
+            check_floats(name, x)
             check_placement(name, x, c.device, c.dtype)
         out = dilated_attention(
             q, k, v, c.segment_lengths, c.dilation_rates, is_causal=is_causal, mixing=c.mixing, offsets=c.offsets,

@@ -9,6 +9,7 @@ __all__ = ['KERNELS', 'merge', 'merge_lse_', 'merge_', 'Backend', 'available_bac
 # %% ../nbs/05_partial.ipynb #81f242ec
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -38,7 +39,9 @@ def merge(
     only_b = torch.where(lse_b == -inf, -inf, inf)
     difference = torch.where(lse_a == -inf, only_b, lse_b - lse_a)
     weight = torch.sigmoid(difference).to(out_a.dtype)[..., None]
-    return torch.lerp(out_a, out_b, weight), torch.maximum(lse_a, lse_b) + softplus(-difference.abs())
+    neither = (lse_a == -inf) & (lse_b == -inf)
+    lse = torch.logaddexp(lse_a.masked_fill(neither, 0.0), lse_b.masked_fill(neither, 0.0)).masked_fill(neither, -inf)
+    return torch.lerp(out_a, out_b, weight), lse
 
 # %% ../nbs/05_partial.ipynb #e447f819
 def merge_lse_(lse: Tensor, lse_b: Tensor) -> Tensor:
@@ -57,6 +60,13 @@ def merge_(out: Tensor, lse: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
 _MATH_SCORES = 2**24  # at most 64 MiB of float32 scores at a time
 
 
+def _no_autocast(q: Tensor) -> Any:
+    "Products in the dtypes that they are written in."
+    if torch.amp.is_autocast_available(q.device.type):
+        return torch.autocast(q.device.type, enabled=False)
+    return nullcontext()
+
+
 def _row_blocks(q: Tensor, k: Tensor) -> Iterator[slice]:
     "Slices of query rows, few enough for their scores to stay below `_MATH_SCORES`."
     rows = max(1, _MATH_SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
@@ -70,7 +80,11 @@ def _scores(q: Tensor, k: Tensor, bias: Tensor | None, is_causal: bool, scale: f
     if bias is not None:
         s = s + bias.to(wide)
     if is_causal:
-        s = s.masked_fill(~causal_mask(q.shape[2], k.shape[2], q.device)[rows], -inf)
+        past = k.shape[2] - q.shape[2]
+        seen = causal_mask(
+            s.shape[2], past + rows.start + s.shape[2], q.device
+        )  # later keys are hidden from all of these
+        s = s.masked_fill(~pad(seen, (0, s.shape[3] - seen.shape[1])), -inf)
     return s
 
 
@@ -84,7 +98,7 @@ def math_forward(
 ) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b h n"]]:
     "Attention in plain torch operations, with its lse."
     outs, lses = [], []
-    with torch.autocast(q.device.type, enabled=False):
+    with _no_autocast(q):
         for rows in _row_blocks(q, k):
             s = _scores(q, k, bias, is_causal, scale, rows)
             peak = s.detach().amax(-1, keepdim=True)
@@ -111,7 +125,7 @@ def math_backward(
     "The share of one part in the gradient of the joint softmax (FlashAttention, arXiv:2205.14135, appendix B.2)."
     wide = torch.promote_types(q.dtype, torch.float32)
     dq, dk, dv = torch.empty_like(q, dtype=wide), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-    with torch.autocast(q.device.type, enabled=False):
+    with _no_autocast(q):
         for rows in _row_blocks(q, k):
             p = torch.exp(_scores(q, k, bias, is_causal, scale, rows) - lse[:, :, rows, None])
             do = dout[:, :, rows].to(wide)
@@ -343,6 +357,8 @@ def _chosen(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, 
     if name == "auto":
         pick = next(backend for backend, reason in reasons.items() if reason is None)
         missing = [f"{b} ({r})" for b, r in reasons.items() if r] if pick == "math" else []
+        if torch.compiler.is_compiling():  # a log can't be traced; the choice is the same
+            return pick
         level = logging.WARNING if device.type == "cuda" and missing else logging.INFO
         _log.log(level, "backend='auto' uses %r for %s on %s%s", pick, dtype, device, ", not ".join(["", *missing]))
         return pick
@@ -408,10 +424,15 @@ def attend_forward(
 def _with_lse_column(
     dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    "dout, q, k, v, out with 8 more columns, so that a kernel that knows nothing of lse adds its gradient."
+    """dout, q, k, v, out with 8 more columns, so that a kernel that knows nothing of lse adds its gradient.
+
+    Two columns hold dlse and what rounding lost of it, over a power of two that keeps float16 from overflowing.
+    """
     dout, q, k, v, out = (pad(x, (0, 8)) for x in (dout, q, k, v, out))
-    dout[..., -8] = dlse
-    v[..., -8] = 1.0
+    size = torch.exp2(dlse.abs().amax().clamp(1.0, 2.0**15).log2().ceil())
+    dout[..., -8] = dlse / size
+    dout[..., -7] = dlse / size - dout[..., -8]
+    v[..., -8:-6] = size
     return dout, q, k, v, out
 
 
@@ -445,6 +466,16 @@ def attend_backward(
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 # %% ../nbs/05_partial.ipynb #d4698b53
+def cast_like_autocast(*tensors: Any) -> tuple[Any, ...]:
+    "Under autocast the tensors in its dtype (float64 stays); else as they are."
+    found = [x for x in tensors if isinstance(x, Tensor)]
+    device = found[0].device.type if found else "cpu"
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype, half = torch.get_autocast_dtype(device), (torch.float16, torch.bfloat16, torch.float32)
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in half else x for x in tensors)
+
+# %% ../nbs/05_partial.ipynb #2d04682d
 class _Attend(torch.autograd.Function):
     "A fused kernel, differentiable in out and lse."
 
@@ -453,6 +484,7 @@ class _Attend(torch.autograd.Function):
         is_causal, scale, backend = options
         out, lse = attend_forward(q, k, v, is_causal, mask, scale, backend)
         ctx.save_for_backward(q, k, v, out, lse, mask)
+        ctx.set_materialize_grads(False)
         ctx.options = options
         return out, lse
 
@@ -460,9 +492,12 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, mask = ctx.saved_tensors
         is_causal, scale, backend = ctx.options
-        d = q.shape[-1]
-        wide = _with_lse_column(grads[0], grads[1].masked_fill(lse == -inf, 0.0), q, k, v, out)
-        dq, dk, dv = attend_backward(*wide, lse, is_causal, mask, scale, backend)
+        dout, dlse, d = grads[0], grads[1], q.shape[-1]
+        dout = torch.zeros_like(out) if dout is None else dout
+        if dlse is not None:
+            dout, q, k, v, out = _with_lse_column(dout, dlse.masked_fill(lse == -inf, 0.0), q, k, v, out)
+            resolve_backend(backend, q, mask is not None)  # is head_dim + 8 still one that the kernel takes?
+        dq, dk, dv = attend_backward(dout, q, k, v, out, lse, is_causal, mask, scale, backend)
         return dq[..., :d], dk[..., :d], dv[..., :d], None, None, None, None
 
 
@@ -482,6 +517,7 @@ def attend(
     divide the query heads. Raises `ValueError` or `TypeError` for bad input or a backend that can't be had (why).
     FlashAttention-2, Dao 2023, arXiv:2307.08691, eq. 4 to 6.
     """
+    q, k, v = cast_like_autocast(q, k, v)
     check_flag("is_causal", is_causal)
     unordered = isinstance(q, Tensor) and q.dim() == 4 and not is_causal  # then there may be more queries than keys
     check_qkv(q[:, :1] if unordered else q, k, v, key_padding_mask)

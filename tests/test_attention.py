@@ -1,6 +1,7 @@
 "Every path of dilated attention against the oracle, and what must hold of all of them."
 
 import copy
+import dataclasses
 import json
 import math
 import pickle
@@ -14,7 +15,7 @@ import torch._dynamo.testing
 from hypothesis import given, settings
 from torch import Tensor
 
-from dilated_attention_nb import improved, partial
+from dilated_attention_nb import improved, masking, partial
 from dilated_attention_nb.config import DilatedAttentionConfig
 from dilated_attention_nb.dilated import DilatedAttention
 from dilated_attention_nb.improved import ImprovedDilatedAttention, dilated_attention
@@ -368,14 +369,133 @@ def test_device_and_dtype_of_the_config_are_checked(which):
 def test_tf32_is_set_within_and_put_back():
     fake = type("Fake", (), {"device": torch.device("cuda"), "dtype": torch.float32})()
     matmul = torch.backends.cuda.matmul
-    for before in (False, True):
+    untouched = matmul.fp32_precision
+    for before in ("none", "ieee", "tf32"):
         for allowed in (False, True):
-            matmul.allow_tf32 = before
+            matmul.fp32_precision = before
+            inside = matmul.fp32_precision
             with pytest.raises(KeyError), improved._tf32(allowed, fake):
-                assert matmul.allow_tf32 == allowed
+                assert matmul.fp32_precision == ("tf32" if allowed else "ieee")
                 raise KeyError
-            assert matmul.allow_tf32 == before
-    matmul.allow_tf32 = False
+            assert matmul.fp32_precision == inside
+    matmul.fp32_precision = untouched
+
+
+def test_every_option_reaches_the_operator(monkeypatch):
+    "Of the function and of the module's config; and the backend, the kernel."
+    seen = {}
+
+    def spy(*args):
+        names = "q k v mask lengths rates is_causal mixing offsets ragged scale backend use_tf32".split()
+        seen.update(zip(names, args))
+        return args[0], None
+
+    monkeypatch.setattr(improved, "forward_op", spy)
+    q, k, v = make_qkv(1, 16, 4, 8)
+    mask = torch.zeros(1, 16, dtype=torch.bool)
+    config = dict(mixing="softmax", offsets="interleaved", ragged="mask", use_tf32=False)
+    expected = dict(mask=mask, lengths=[8, 4], rates=[2, 1], is_causal=True) | config
+    ImprovedDilatedAttention(DilatedAttentionConfig((8, 4), (2, 1), **config))(q, k, v, True, mask)
+    assert all(seen[name] is value or seen[name] == value for name, value in expected.items())
+    seen.clear()
+    config |= dict(is_causal=True, key_padding_mask=mask, scale=0.3, backend="math")
+    dilated_attention(q, k, v, (8, 4), (2, 1), **config)
+    expected |= dict(scale=0.3, backend="math")
+    assert all(seen[name] is value or seen[name] == value for name, value in expected.items())
+
+
+@pytest.mark.parametrize("path", ["readable-math", "improved-math", "readable", "improved"])
+def test_the_backend_that_was_named_computes(path, monkeypatch):
+    calls = []
+    for name, kernel in list(partial.KERNELS.items()):
+
+        def spied(*args, name=name, kernel=kernel):
+            calls.append(name)
+            return kernel.forward(*args)
+
+        monkeypatch.setitem(partial.KERNELS, name, dataclasses.replace(kernel, forward=spied))
+    PATHS[path](*make_qkv(1, 16, 4, 8), segment_lengths=(8,), dilation_rates=(1,))
+    assert set(calls) == {"math" if "math" in path else "flash"}
+
+
+@pytest.mark.parametrize("path", ["improved", "improved-math"])
+def test_scale(path):
+    q, k, v = make_qkv(1, 20, 4, 8)
+    options = dict(segment_lengths=(5, 20), dilation_rates=(1, 2), mixing="softmax", scale=0.9)
+    check_against_oracle(lambda *x: PATHS[path](*x, **options), q, k, v, **options)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("shape", [(23, 23), (9, 23)])
+def test_plain_backend_in_blocks_of_rows(is_causal, shape, monkeypatch):
+    monkeypatch.setattr(partial, "_MATH_SCORES", 100)
+    held("improved-math", AttentionCase((23,), (1,), is_causal, b=2, nq=shape[0], nk=shape[1], h=2, kv_heads=1))
+    held(
+        "readable-math", AttentionCase((23, 7), (1, 2), is_causal, "softmax", nq=shape[0], nk=shape[1], h=2, kv_heads=2)
+    )
+
+
+def test_caches_are_bounded():
+    for cache in (masking.tiles, partial._chosen):
+        assert 0 < cache.cache_parameters()["maxsize"] <= 1024
+
+
+def test_no_silent_forward_mode_derivative():
+    q, k, v = make_qkv(1, 16, 2, 8, dtype=torch.float64)
+
+    def run(f):
+        return torch.func.jvp(f, (q,), (torch.ones_like(q),))
+
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        run(lambda q: dilated_attention(q, k, v, (8,), (1,)))
+    module = DilatedAttention(DilatedAttentionConfig((8,), (1,)), "math")
+    assert run(lambda q: module(q, k, v))[1].abs().max() > 0
+
+
+def test_second_derivative_at_ties():
+    "Two equal halves, merged, have the derivatives of the whole."
+    q, k, v = make_qkv(1, 4, 1, 8, dtype=torch.float64)
+    q, k, v = (x.requires_grad_() for x in (torch.zeros_like(q), torch.cat([k, k], 1), torch.cat([v, v], 1)))
+
+    def halves():
+        return merge(*(y for s in (slice(4), slice(4, 8)) for y in attend(q, k[:, s], v[:, s], backend="math")))[1]
+
+    def second(lse):
+        (first,) = torch.autograd.grad(lse.square().sum(), q, create_graph=True)
+        return torch.autograd.grad(first.square().sum() + first.sum(), q)[0]
+
+    assert torch.allclose(second(halves()), second(attend(q, k, v, backend="math")[1]), atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_large_gradients_through_lse_in_half_precision(dtype):
+    q, k, v = make_qkv(1, 32, 2, 64, dtype=dtype, requires_grad=True)
+    got, wanted = (
+        torch.autograd.grad((attend(q, k, v, backend=b)[1] * 65536.0).mean() * 8, q)[0].float()
+        for b in ("flash", "math")
+    )
+    assert got.isfinite().all() and (got - wanted).norm() <= 4 * torch.finfo(dtype).eps * wanted.norm()
+
+
+def test_a_head_dim_that_leaves_no_room_for_lse_is_refused(monkeypatch):
+    q, k, v = make_qkv(1, 8, 1, 8, requires_grad=True)
+    kernel = partial.KERNELS["flash"]
+    narrow = dataclasses.replace(kernel, obstacle=lambda device, dtype, d, masked: "too wide" if d > 8 else None)
+    monkeypatch.setitem(partial.KERNELS, "flash", narrow)
+    partial._chosen.cache_clear()
+    out, lse = attend(q, k, v, backend="flash")
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True))
+    with pytest.raises(ValueError, match="too wide"):
+        torch.autograd.grad(lse.sum(), q)
+    partial._chosen.cache_clear()
+
+
+@pytest.mark.parametrize("path", ["readable", "improved"])
+def test_meta_tensors_have_shapes(path):
+    q, k, v = (x.to("meta") for x in make_qkv(1, 16, 4, 8))
+    options = dict(segment_lengths=(8,), dilation_rates=(2,))
+    out = PATHS["readable-math" if path == "readable" else path](q, k, v, **options)
+    assert out.device.type == "meta" and out.shape == q.shape
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -402,7 +522,10 @@ def test_autocast_like_torch():
         out = dilated_attention(q, k, v, (8,), (1,))
         mixed = dilated_attention(q, k.bfloat16(), v, (8,), (1,))
         double = dilated_attention(q.double(), k.double(), v.double(), (8,), (1,), backend="math")
-    assert out.dtype == mixed.dtype == torch.bfloat16 and double.dtype == torch.float64
+        alike = PATHS["readable"](q, k.bfloat16(), v, segment_lengths=(8,), dilation_rates=(1,))
+        checked = ImprovedDilatedAttention(DilatedAttentionConfig((8,), (1,), dtype=torch.bfloat16))(q, k, v)
+    assert out.dtype == mixed.dtype == alike.dtype == checked.dtype == torch.bfloat16 and double.dtype == torch.float64
+    torch.testing.assert_close(alike, mixed)
     assert torch.equal(out, dilated_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), (8,), (1,)))
     exact = dilated_attention(q.double(), k.double(), v.double(), (8,), (1,), backend="math")
     assert torch.equal(double, exact)
@@ -514,6 +637,8 @@ BAD = [  # what is passed, the error, what its text names
     (dict(segment_lengths=(8.0, 16)), TypeError, ["segment_lengths[0]", "8.0"]),
     (dict(segment_lengths=(8, math.nan)), TypeError, ["segment_lengths[1]", "nan"]),
     (dict(segment_lengths=(8, None)), TypeError, ["segment_lengths[1]", "None"]),
+    (dict(segment_lengths=(2**63, 16), ragged="mask"), ValueError, ["segment_lengths", "2**48"]),
+    (dict(dilation_rates=(2**62, 1)), ValueError, ["dilation_rates", "2**48"]),
     (dict(dilation_rates=(0, 1)), ValueError, ["dilation_rates[0]", "0"]),
     (dict(dilation_rates=(1, -2)), ValueError, ["dilation_rates[1]", "-2"]),
     (dict(dilation_rates=(1, 2.5)), TypeError, ["dilation_rates[1]", "2.5"]),
