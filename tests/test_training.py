@@ -1,0 +1,567 @@
+"""Runs that are interrupted, resumed, damaged or misdirected, as real processes; and the arithmetic of the loop."""
+
+import hashlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from dilated_attention_nb import training
+from dilated_attention_nb.longnet import LongNetConfig
+from dilated_attention_nb.training import (
+    SEPARATOR,
+    VOCAB,
+    NgramEmbedding,
+    TrainingConfig,
+    bits_per_byte,
+    held_out,
+    learning_rate,
+    load_checkpoint,
+    load_run,
+    make_model,
+    make_optimizers,
+    make_plan,
+    plan_of_steps,
+    read_corpus,
+    read_metrics,
+    sample_tokens,
+    save_checkpoint,
+    stage_of,
+    text_files,
+    to_bytes,
+    to_tokens,
+    train_step,
+    training_batch,
+    write_file,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = LongNetConfig(32, 1, 2, (64, 256), (1, 4), vocab_size=VOCAB, position="rope", tie_embeddings=False, bias=False)
+CONFIG = TrainingConfig(TINY, "", ((64, 6), (256, 4)), context=256, ngram_rows=256)
+SIZE = "--context 256 --width 32 --layers 1 --segments 64 256 --rates 1 4 --eval-bytes 2048 --device cpu".split()
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    "A folder of 40 small texts."
+    folder = tmp_path_factory.mktemp("words")
+    for i in range(40):
+        (folder / f"part{i}.txt").write_text("".join(f"line {j} of {i * j % 97}\n" for j in range(i, i + 60)))
+    return folder
+
+
+def start(*arguments) -> subprocess.Popen:
+    command = [sys.executable, "-m", "dilated_attention_nb.training", *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def demo(*arguments) -> tuple[int, str, str]:
+    "Exit status, standard output and standard error of the command."
+    process = start(*arguments)
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+def losses(run: Path) -> list[float]:
+    return [row["bits_per_byte"] for row in read_metrics(run)]
+
+
+def content(folder: Path) -> dict[str, str]:
+    "What lies in a folder, by name."
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+
+
+@pytest.fixture(scope="module")
+def whole(words, tmp_path_factory):
+    "A run of 150 steps that nothing interrupted."
+    out = tmp_path_factory.mktemp("whole")
+    status, said, err = demo("--text", words, "--steps", 150, "--out", out, *SIZE)
+    assert status == 0, err
+    return out / "longnet", said, err
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_what_it_promises(whole):
+    run, said, err = whole
+    expected = "config.json context.png loss.png metrics.jsonl model.safetensors results.json sample.txt speed.png"
+    assert sorted(path.name for path in run.iterdir()) == expected.split()
+    results = json.loads((run / "results.json").read_text())
+    assert [r["context"] for r in results["contexts"]] == [16, 32, 64, 128, 256, 512]
+    assert {r["attention"] for r in results["speed"]} == {"dilated", "dense"}
+    assert len(losses(run)) == results["steps"] == 150 and losses(run)[-1] < losses(run)[0] - 3
+    for word in ("gzip -9", "lzma", "context 256", "bits per byte", "sample.txt"):
+        assert word in said
+    for word in ("bits/byte", "B/s", "00:"):  # of the progress bar
+        assert word in err
+
+
+def test_a_run_can_be_loaded(whole):
+    model, config = load_run(whole[0])
+    results = json.loads((whole[0] / "results.json").read_text())
+    corpus = read_corpus(config.text)
+    assert config.digest == corpus.digest
+    found = bits_per_byte(model, config, corpus.held[: results["held_bytes"] + 1], 256)
+    assert found == pytest.approx(results["bits_per_byte"], rel=0.02)
+
+
+def interrupted(words, out, number, rows):
+    process = start("--text", words, "--steps", 150, "--out", out, *SIZE)
+    deadline = time.monotonic() + 120
+    while len(read_metrics(out / "longnet")) < rows:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        time.sleep(0.005)
+    process.send_signal(number)
+    said, err = process.communicate(timeout=60)
+    return process.returncode, said, err
+
+
+@pytest.mark.parametrize(("name", "rows"), [("SIGINT", 20), ("SIGTERM", 100)])
+def test_an_interrupted_run_resumes_as_if_nothing_had_been(name, rows, words, whole, tmp_path):
+    status, said, err = interrupted(words, tmp_path, getattr(signal, name), rows)
+    assert status == 128 + getattr(signal, name), err
+    done = len(losses(tmp_path / "longnet"))
+    assert rows <= done < 150 and f"step {done} of 150" in said and f"--resume longnet --out {tmp_path}" in said
+    assert (tmp_path / "longnet/checkpoint.safetensors").exists() and "Traceback" not in err
+    status, _, err = demo("--resume", "longnet", "--out", tmp_path)
+    assert status == 0, err
+    assert losses(tmp_path / "longnet") == losses(whole[0])
+    mine, theirs = (load_file(run / "model.safetensors") for run in (tmp_path / "longnet", whole[0]))
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
+def test_a_killed_run_begins_again_where_it_was_saved(words, whole, tmp_path):
+    status, *_ = interrupted(words, tmp_path, signal.SIGKILL, 30)
+    assert status == -signal.SIGKILL
+    with open(tmp_path / "longnet/metrics.jsonl", "a") as file:
+        file.write('{"step": 3')  # as far as the disk had got
+    status, _, err = demo("--resume", "longnet", "--out", tmp_path)
+    assert status == 0, err
+    assert losses(tmp_path / "longnet") == losses(whole[0])
+
+
+def test_two_signals_end_it_at_once(words, tmp_path):
+    process = start("--text", words, "--steps", 100_000, "--out", tmp_path, *SIZE)
+    while len(read_metrics(tmp_path / "longnet")) < 3:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGSTOP)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(30) in (128 + signal.SIGTERM, 128 + signal.SIGINT)
+    again = start("--resume", "longnet", "--out", tmp_path)
+    time.sleep(0.2)
+    again.kill()
+    again.communicate()
+
+
+# ---- what is refused, and that nothing changes then ------------------------------------------------------------------
+
+
+def test_names_are_never_reused(whole, words):
+    run = whole[0]
+    before = content(run)
+    status, _, err = demo("--text", words, "--steps", 2, "--out", run.parent, "--name", "longnet", *SIZE)
+    assert status == 2 and "name must be new" in err and "--resume" in err and content(run) == before
+    status, said, err = demo("--text", words, "--steps", 2, "--out", run.parent, *SIZE)
+    assert status == 0 and "longnet-2" in said and content(run) == before
+
+
+def test_a_finished_run_is_not_resumed(whole):
+    before = content(whole[0])
+    status, _, err = demo("--resume", "longnet", "--out", whole[0].parent)
+    assert status == 2 and "finished" in err and content(whole[0]) == before
+
+
+@pytest.fixture
+def stopped(words, tmp_path):
+    "A run that was interrupted, made in this process."
+    corpus = read_corpus(str(words))
+    config = replace(CONFIG, digest=corpus.digest, text=str(words))
+    run = tmp_path / "stopped"
+    run.mkdir()
+    model = make_model(config)
+    optimizers = make_optimizers(model, config)
+    for step in range(3):
+        train_step(model, optimizers, config, corpus.train, step)
+    write_file(run / "config.json", config.to_json())
+    save_checkpoint(run / "checkpoint.safetensors", config, model, optimizers, 3)
+    return run
+
+
+def truncate(run):
+    path = run / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def empty(run):
+    (run / "checkpoint.safetensors").write_bytes(b"")
+
+
+def other_config(run):
+    config = TrainingConfig.from_json((run / "config.json").read_text())
+    write_file(run / "config.json", replace(config, seed=7).to_json())
+
+
+def other_model(run):
+    config = TrainingConfig.from_json((run / "config.json").read_text())
+    other = replace(config, ngram_rows=512)
+    model = make_model(other)
+    save_checkpoint(run / "checkpoint.safetensors", config, model, make_optimizers(model, other), 3)
+
+
+def broken_config(run):
+    (run / "config.json").write_text("{")
+
+
+def unknown_field(run):
+    values = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(values | {"sed": 1}))
+
+
+def other_text(run):
+    config = TrainingConfig.from_json((run / "config.json").read_text())
+    write_file(run / "config.json", replace(config, digest="0" * 64).to_json())
+
+
+def no_config(run):
+    (run / "config.json").unlink()
+
+
+DAMAGE = {
+    truncate: "checkpoint must be a whole safetensors file",
+    empty: "checkpoint must be a whole safetensors file",
+    other_config: "checkpoint must be of this run's configuration",
+    other_model: "checkpoint must have this model's parameters",
+    broken_config: "must be the JSON of a TrainingConfig",
+    unknown_field: "no field 'sed'; did you mean 'seed'",
+    other_text: "text must be what the run began with",
+    no_config: "resume must name a run",
+}
+
+
+@pytest.mark.parametrize(("damage", "says"), DAMAGE.items(), ids=lambda value: getattr(value, "__name__", ""))
+def test_a_damaged_run_is_refused_and_left_alone(damage, says, stopped, capsys):
+    damage(stopped)
+    before = content(stopped)
+    assert training.demo(["--resume", "stopped", "--out", str(stopped.parent)]) == 2
+    said = capsys.readouterr().err
+    assert says in said and "Traceback" not in said
+    assert content(stopped) == before
+
+
+def test_a_truncated_checkpoint_as_a_process(stopped):
+    truncate(stopped)
+    before = content(stopped)
+    status, _, err = demo("--resume", "stopped", "--out", stopped.parent)
+    assert status == 2 and err.startswith("error: checkpoint must be") and content(stopped) == before
+
+
+def test_a_refused_checkpoint_changes_neither_model_nor_optimizers(stopped):
+    config = TrainingConfig.from_json((stopped / "config.json").read_text())
+    truncate(stopped)
+    model = make_model(config)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizers = make_optimizers(model, config)
+    with pytest.raises(ValueError, match="checkpoint"):
+        load_checkpoint(stopped / "checkpoint.safetensors", config, model, optimizers)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert not any(optimizer.state_dict()["state"] for optimizer in optimizers)
+
+
+def bad_texts(folder: Path):
+    (folder / "empty").mkdir()
+    (folder / "blank").mkdir()
+    (folder / "blank/a.txt").write_bytes(b"")
+    (folder / "binary").mkdir()
+    (folder / "binary/a.bin").write_bytes(b"\0" * 5000)
+    (folder / "hidden").mkdir()
+    (folder / "hidden/.secret").write_text("text")
+    (folder / "short.txt").write_text("short")
+    return {
+        "empty": "0 files",
+        "blank": "1 files in",
+        "binary": "each empty or not text",
+        "hidden": "0 files",
+        "missing": "missing: No such file",
+        "short.txt": "text must be longer than the context",
+    }
+
+
+def test_text_that_cannot_be_read_is_refused(tmp_path, capsys):
+    for name, says in bad_texts(tmp_path).items():
+        out = tmp_path / "runs"
+        assert training.demo(["--text", str(tmp_path / name), "--steps", "2", "--out", str(out), *SIZE]) == 2, name
+        said = capsys.readouterr().err
+        assert said.startswith("error: text must") and says in said, (name, said)
+        assert not out.exists()
+
+
+def test_an_empty_folder_as_a_process(tmp_path):
+    status, said, err = demo("--text", tmp_path, "--out", tmp_path / "runs", *SIZE)
+    assert (status, said) == (2, "") and err.startswith("error: text must contain text, got 0 files")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission_is_named(words, tmp_path):
+    (tmp_path / "locked.txt").write_text("text")
+    (tmp_path / "locked.txt").chmod(0)
+    status, _, err = demo("--text", tmp_path, "--out", tmp_path / "runs", *SIZE)
+    assert status == 2 and "locked.txt: Permission denied" in err
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file here that exists and can't be read")
+def test_a_file_that_fails_to_read_is_named(tmp_path):
+    status, _, err = demo("--text", "/proc/self/mem", "--out", tmp_path / "runs", *SIZE)
+    assert status == 2 and "error: text must be readable, got /proc/self/mem: " in err
+
+
+def test_an_unreadable_folder_is_not_passed_over(words, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ValueError, match="text must be readable, got .*Permission denied"):
+        read_corpus(str(words))
+
+
+FLAGS = [
+    (["--steps", "0"], "steps must be at least 1"),
+    (["--context", "1"], "context must be at least 16"),
+    (["--seed", "-1"], "seed must be at least 0"),
+    (["--width", "33"], "head_dim"),
+    (["--layers", "0"], "num_layers must be at least 1"),
+    (["--heads", "0"], "num_heads must be at least 1"),
+    (["--segments", "64"], "segment_lengths must be as long as dilation_rates"),
+    (["--rates", "1", "0"], "must be at least 1"),
+    (["--eval-bytes", "0"], "eval_bytes must be at least"),
+    (["--device", "abacus"], "device must"),
+    (["--name", "../x"], "name must"),
+]
+
+
+@pytest.mark.parametrize(("flags", "says"), FLAGS, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_wrong_values_are_refused_before_anything_is_written(flags, says, words, tmp_path, capsys):
+    assert training.demo(["--text", str(words), "--steps", "2", "--out", str(tmp_path / "runs"), *SIZE, *flags]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and says in said
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("minutes", "says"), [("0", "must be above 0"), ("nan", "must be finite"), ("-1", "must be above 0")]
+)
+def test_a_time_is_a_positive_number(minutes, says, words, tmp_path, capsys):
+    assert training.demo(["--text", str(words), "--minutes", minutes, "--out", str(tmp_path / "runs"), *SIZE]) == 2
+    assert f"minutes {says}" in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+def test_time_and_steps_exclude_each_other(capsys):
+    with pytest.raises(SystemExit):
+        training.demo(["--minutes", "1", "--steps", "2"])
+    assert "not allowed with" in capsys.readouterr().err
+
+
+def test_a_run_takes_about_its_time(words, tmp_path):
+    status, said, err = demo("--text", words, "--minutes", "0.2", "--out", tmp_path, *SIZE)
+    assert status == 0 and len(losses(tmp_path / "longnet")) > 10, err
+
+
+def test_resuming_takes_no_other_flags(capsys):
+    with pytest.raises(SystemExit) as end:
+        training.demo(["--resume", "x", "--seed", "0"])
+    assert end.value.code == 2 and "leave out --seed" in capsys.readouterr().err
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+
+@given(st.dictionaries(st.text(min_size=1), st.integers(1, 10**6), min_size=1, max_size=100))
+def test_held_out_files_depend_on_names_and_sizes_alone(sizes):
+    held = held_out(sizes)
+    assert held == held_out(dict(sorted(sizes.items(), reverse=True)))
+    assert held <= sizes.keys() and sum(sizes[name] for name in held) <= sum(sizes.values()) / 16
+    assert len(held) < len(sizes)
+
+
+@given(st.lists(st.binary(max_size=50), min_size=1, max_size=10))
+def test_tokens_hold_all_bytes(parts):
+    tokens = to_tokens(parts)
+    assert to_bytes(tokens) == b"".join(parts) and int((tokens == SEPARATOR).sum()) == len(parts)
+
+
+def test_no_held_out_line_is_trained_on(tmp_path):
+    for i in range(100):
+        (tmp_path / f"f{i}").write_text(f"only in {i:05}\n" * 50)
+    corpus = read_corpus(str(tmp_path))
+    lines = [set(to_bytes(stream).split(b"\n")) - {b""} for stream in (corpus.train, corpus.held)]
+    assert lines[0].isdisjoint(lines[1]) and len(lines[0] | lines[1]) == 100
+    assert {f"only in {int(name[1:]):05}".encode() for name in corpus.held_files} == lines[1]
+
+
+@pytest.mark.parametrize("files", [1, 2, 3])
+def test_few_files_have_their_end_held_out(files, tmp_path):
+    for i in range(files):
+        (tmp_path / f"{i}.txt").write_bytes(bytes([65 + i]) * 8000)
+    corpus = read_corpus(str(tmp_path))
+    assert corpus.held_files == () and len(corpus.train_files) == files
+    assert to_bytes(corpus.train) + to_bytes(corpus.held) == b"".join(bytes([65 + i]) * 8000 for i in range(files))
+    assert len(corpus.held) == pytest.approx(8000 * files / 16, rel=0.01)
+    only = read_corpus(str(tmp_path / "0.txt"))
+    assert to_bytes(only.train) + to_bytes(only.held) == b"A" * 8000
+
+
+def test_files_are_found_in_order_without_tests_and_hidden_ones(tmp_path):
+    for name in ("b.py", "a/z.py", "a/test/x.py", ".git/y.py", "a.py", "c.txt", "a/.h.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    found = [path.relative_to(tmp_path).as_posix() for path in text_files(tmp_path, ".py")]
+    assert found == ["a.py", "a/z.py", "b.py"]
+    assert len(text_files(tmp_path)) == 4
+
+
+# ---- the loop's arithmetic -------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 5000), st.sampled_from([16, 256, 1000, 16_384]))
+def test_a_plan_of_steps_has_that_many(steps, context):
+    plan = plan_of_steps(steps, context)
+    assert sum(n for _, n in plan) == steps and plan[-1][0] == context and all(n >= 0 for _, n in plan)
+    assert [stage_of(plan, step)[0] for step in range(steps)] == [w for w, n in plan for _ in range(n)]
+
+
+@given(st.floats(0.001, 10), st.floats(10, 1000))
+def test_a_plan_of_time_fills_it(second, budget):
+    seconds = [second, 2 * second, 8 * second]
+    plan = make_plan(seconds, budget, 16_384)
+    taken = sum(n * s for (_, n), s in zip(plan, seconds))
+    assert abs(taken - budget) <= max(seconds) * 3
+
+
+def test_each_window_comes_once_per_epoch():
+    tokens = torch.arange(10 * 64 + 1)
+    config = replace(CONFIG, plan=((64, 20),))
+    starts = [int(training_batch(tokens, config, step)[0][0, 0]) for step in range(20)]
+    assert sorted(starts[:10]) == sorted(starts[10:]) == list(range(0, 640, 64)) and starts[:10] != starts[10:]
+    other = [int(training_batch(tokens, replace(config, seed=1), step)[0][0, 0]) for step in range(10)]
+    assert other != starts[:10]
+
+
+def test_the_rate_rises_and_falls_to_almost_zero():
+    config = replace(CONFIG, plan=((64, 300), (256, 50)))
+    rates = [learning_rate(config, step) for step in range(350)]
+    top = rates.index(max(rates))
+    assert rates[: top + 1] == sorted(rates[: top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
+    assert 0 < rates[-1] < 0.02 and max(rates) > 0.9
+
+
+@pytest.mark.parametrize("context", [1, 7, 64, 256, 1000])
+def test_bits_per_byte_is_the_mean_surprise(context):
+    model = make_model(CONFIG).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    tokens = to_tokens([bytes(range(50, 200)), b"another", b"third " * 30])
+    bits = 0.0
+    for at in range(1, len(tokens)):
+        first = (at - 1) // context * context
+        with torch.no_grad():
+            logits = model(tokens[None, first:at].long())[0, -1]
+        bits -= logits.log_softmax(-1)[int(tokens[at])].item() / math.log(2)
+    found = bits_per_byte(model, CONFIG, tokens, context)
+    assert found == pytest.approx(bits / len(to_bytes(tokens)), rel=1e-9)
+
+
+def test_ngram_rows_depend_on_the_last_tokens_alone():
+    embedding = NgramEmbedding(VOCAB, 8, (2, 4), 1 << 20)
+    tokens = torch.randint(0, VOCAB, (3, 40))
+    for length, rows in zip((2, 4), embedding.hashes(tokens)):
+        assert rows.min() >= 0 and rows.max() < 1 << 20
+        assert torch.equal(rows[:, 10], [*embedding.hashes(tokens[:, 11 - length : 11])][(2, 4).index(length)][:, -1])
+        grams = {
+            tuple(t.tolist()): int(r)
+            for t, r in zip(tokens.unfold(1, length, 1).flatten(0, 1), rows[:, length - 1 :].flatten())
+        }
+        assert len(set(grams.values())) >= len(grams) - 1
+    changed = tokens.clone()
+    changed[:, 20] = (changed[:, 20] + 1) % VOCAB
+    same = (embedding(tokens) == embedding(changed)).all(-1)
+    assert same[:, :20].all() and same[:, 24:].all() and not same[:, 20].any()
+
+
+def test_the_model_with_ngrams_is_causal():
+    model = make_model(CONFIG)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    a = torch.randint(0, VOCAB, (1, 200))
+    b = a.clone()
+    b[:, 120] = (b[:, 120] + 1) % VOCAB
+    same = (model(a) == model(b)).all(-1)[0]
+    assert same[:120].all() and not same[120]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("cut", [0, 1, 5, 6, 9])
+def test_resuming_in_memory_is_exact(cut, dtype, tmp_path):
+    config = replace(CONFIG, dtype=dtype, model=replace(TINY, dropout=0.1))
+    tokens = to_tokens([bytes(i * i % 251 for i in range(4000))])
+
+    def fresh(seed):
+        model = make_model(replace(config, seed=seed))
+        return model, make_optimizers(model, config)
+
+    model, optimizers = fresh(0)
+    whole = [train_step(model, optimizers, config, tokens, step) for step in range(10)]
+    model, optimizers = fresh(0)
+    parts = [train_step(model, optimizers, config, tokens, step) for step in range(cut)]
+    save_checkpoint(tmp_path / "c", config, model, optimizers, cut)
+    model, optimizers = fresh(5)
+    torch.rand(7)
+    begin = load_checkpoint(tmp_path / "c", config, model, optimizers)
+    parts += [train_step(model, optimizers, config, tokens, step) for step in range(begin, 10)]
+    assert parts == whole
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    write_file(tmp_path / "a", "old")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_file(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "old"
+
+
+def test_samples_are_repeatable_and_follow_the_seed():
+    model, prompt = make_model(CONFIG), to_tokens([b"a prompt"])
+    samples = [sample_tokens(model, CONFIG, prompt, 30, seed=seed) for seed in (0, 0, 1)]
+    assert torch.equal(samples[0], samples[1]) and not torch.equal(samples[0], samples[2])
+    assert (sample_tokens(model, CONFIG, prompt, 5, temperature=1e-6) < VOCAB).all()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(training, "train_step", lambda *_: float("nan"))
+    assert training.demo(["--text", str(words), "--steps", "2", "--out", str(tmp_path), *SIZE]) == 2
+    assert "loss must stay finite, got nan at step 0" in capsys.readouterr().err
