@@ -34,7 +34,7 @@ from dilated_attention_nb.config import (
     check_qkv,
     check_scale,
 )
-from .masking import Piece, Tile, clipped, tiles
+from .masking import Grid, Piece, Tile, clipped, tiles
 from dilated_attention_nb.partial import (
     attend_backward,
     attend_forward,
@@ -61,52 +61,110 @@ class Workspace:
         return buffer[:size].view(shape)
 
 # %% ../nbs/07_improved.ipynb #92e07129
-def sides(tile: Tile) -> tuple[list[tuple[slice, Any, int]], list[tuple[slice, Any, int]]]:
-    "Where a tile's queries and its keys lie: `(heads, grid, number of query heads)` for each piece."
+@dataclass(frozen=True)
+class Series:
+    "Pieces of one tile whose heads and offsets grow by the same steps, so that one view holds them all."
+
+    heads: slice  # of the first piece
+    grid: Grid  # of the first piece
+    serves: int  # query heads of a piece
+    pieces: int = 1
+    head_step: int = 0
+    offset_step: int = 0
+
+    def view(self, x: Tensor) -> Tensor:
+        "The tokens of the pieces in `x` `[b, n, h, ...]`, as a view `[pieces, b, segments, count, heads, ...]`."
+        one = self.grid.view(x[:, :, self.heads])
+        step = self.head_step * x.stride(2) + self.offset_step * x.stride(1)
+        return one.as_strided((self.pieces, *one.shape), (step, *one.stride()), one.storage_offset())
+
+    def piece(self, at: int) -> "Series":
+        "One of the pieces alone."
+        first, step, grid = at * self.head_step, at * self.offset_step, self.grid
+        heads = slice(self.heads.start + first, self.heads.stop + first, self.heads.step)
+        return Series(heads, replace(grid, offset=grid.offset + step), self.serves)
+
+    def within(self, low: int, high: int) -> Iterator[tuple[slice, slice, slice, "Series"]]:
+        "What lies in tokens `low` to `high`: `(pieces, segments, rows, series counted from low)`."
+        cuts = list(self.grid.within(low, high))
+        ends = list(self.piece(self.pieces - 1).grid.within(low, high))
+        if [cut[:2] for cut in cuts] == [end[:2] for end in ends]:
+            yield from ((slice(None), *cut[:2], replace(self, grid=cut[2])) for cut in cuts)
+            return
+        for at in range(self.pieces):
+            one = self.piece(at)
+            yield from ((slice(at, at + 1), *cut[:2], replace(one, grid=cut[2])) for cut in one.grid.within(low, high))
+
+
+def series(places: list[tuple[slice, Grid, int]]) -> list[Series]:
+    "The fewest series of consecutive `(heads, grid, query heads)`."
+    found: list[Series] = []
+    for heads, grid, serves in places:
+        before = found[-1] if found else None
+        if before is not None:
+            steps = heads.start - before.heads.start, grid.offset - before.grid.offset
+            k = before.pieces
+            if k == 1:
+                before = replace(before, head_step=steps[0], offset_step=steps[1])
+            first = replace(before.grid, offset=grid.offset), serves, heads.stop - heads.start, heads.step
+            same = first == (grid, before.serves, before.heads.stop - before.heads.start, before.heads.step)
+            if same and steps == (k * before.head_step, k * before.offset_step):
+                found[-1] = replace(before, pieces=k + 1)
+                continue
+        found.append(Series(heads, grid, serves))
+    return found
+
+
+def sides(tile: Tile) -> tuple[list[Series], list[Series]]:
+    "Where a tile's queries and its keys lie."
     pieces: tuple[Piece, ...] = tile.pieces
     queries = [(p.q_heads, p.queries, p.num_heads) for p in pieces]
-    return queries, [(p.kv_heads, p.keys, p.num_heads) for p in pieces]
+    return series(queries), series([(p.kv_heads, p.keys, p.num_heads) for p in pieces])
 
 
-def gather(space: Workspace, name: str, x: Tensor, side: list[tuple[slice, Any, int]], copy: bool) -> Tensor:
+def gather(space: Workspace, name: str, x: Tensor, side: list[Series], copy: bool) -> Tensor:
     """The tokens of a tile, `x` `[b, n, h, ...]` -> `[b * segments, count, heads, ...]`.
 
-    A view if `copy` is False and one stride describes them, else a copy, heads outermost, in the workspace. A key/value
+    A view if `copy` is False and strides describe them, else a copy, heads outermost, in the workspace. A key/value
     head that serves several query heads is repeated.
     """
-    if len(side) == 1 and not copy:
-        heads, grid, count = side[0]
-        view = grid.view(x[:, :, heads])
-        view = view.expand(*view.shape[:3], count, *view.shape[4:])
-        if x.shape[0] == 1 or grid.segments == 1 or view.stride(0) == grid.segments * view.stride(1):
-            return view.flatten(0, 1)
-    grid, count = side[0][1], sum(heads for *_, heads in side)
-    buffer = space(name, (x.shape[0], grid.segments, count, grid.count, *x.shape[3:]), x.dtype)
-    for (heads, grid, _), part in zip(side, buffer.split([heads for *_, heads in side], 2)):
-        part.copy_(grid.view(x[:, :, heads]).transpose(2, 3))
+    views = [one.view(x).movedim(0, 3) for one in side]  # [b, segments, count, pieces, heads, ...]
+    views = [y.expand(*y.shape[:4], one.serves, *y.shape[5:]) for one, y in zip(side, views)]
+    y = views[0]
+    if len(views) == 1 and not copy and _even(y, 0) and _even(y, 3):
+        return y.flatten(3, 4).flatten(0, 1)
+    heads = [one.pieces * one.serves for one in side]
+    buffer = space(name, (*y.shape[:2], sum(heads), y.shape[2], *x.shape[3:]), x.dtype)
+    for y, part in zip(views, buffer.split(heads, 2)):
+        part.unflatten(2, y.shape[3:5]).copy_(y.movedim(2, 4))
     return buffer.flatten(0, 1).transpose(1, 2)
 
 
-def scatter(result: Tensor, target: Tensor, side: list[tuple[slice, Any, int]]) -> Iterator[tuple[Tensor, Tensor]]:
+def _even(x: Tensor, dim: int) -> bool:
+    "Whether one stride describes dimensions `dim` and `dim + 1` together."
+    return 1 in x.shape[dim : dim + 2] or x.stride(dim) == x.shape[dim + 1] * x.stride(dim + 1)
+
+
+def scatter(result: Tensor, target: Tensor, side: list[Series]) -> Iterator[tuple[Tensor, Tensor]]:
     "Pairs of views, of what `gather` would have read from `target` and of the matching part of `result`."
-    parts = result.unflatten(0, (target.shape[0], -1)).split([heads for *_, heads in side], 3)
-    return ((grid.view(target[:, :, heads]), part) for (heads, grid, _), part in zip(side, parts))
+    parts = result.unflatten(0, (target.shape[0], -1)).split([one.pieces * one.serves for one in side], 3)
+    return ((one.view(target), y.unflatten(3, (one.pieces, -1)).movedim(3, 0)) for one, y in zip(side, parts))
 
 # %% ../nbs/07_improved.ipynb #cfa8280a
-def portion_size(q: Tensor) -> int:
+def portion_size(q: Tensor, backward: bool) -> int:
     "Numbers in the queries of a portion."
     if q.device.type != "cpu":
         return 2**27
-    return 2**23 if q.element_size() > 2 else 2**21
+    return 2**21 if backward and q.element_size() <= 2 else 2**23
 
 
 def portions(
-    q: Tensor, k: Tensor, segment_lengths: tuple[int, ...]
+    size: int, q: Tensor, k: Tensor, segment_lengths: tuple[int, ...]
 ) -> Iterator[tuple[tuple[int, int], tuple[slice, slice], tuple[slice, slice]]]:
-    "For each independent portion its `(first, last)` key/value head, and the `(tokens, heads)` of q and of k and v."
+    "For each portion of about `size` numbers: `(first, last)` key/value head, `(tokens, heads)` of q and of k and v."
     (b, nq, h, d), nk, kv = q.shape, k.shape[1], k.shape[2]
     past, repeat, step = nk - nq, h // kv, min(lcm(*segment_lengths), nk)
-    room = portion_size(q) // (b * d * repeat)
+    room = size // (b * d * repeat)
     heads = min(max(1, room // step), kv)
     step *= max(1, room // (step * heads))
     for first in range(0, kv, heads):
@@ -117,10 +175,12 @@ def portions(
             yield (first, last), rows, (slice(low, high), slice(first, last))
 
 
-def tile_parts(tile: Tile, q: Tensor, masked: bool) -> Iterator[Tile]:
+def tile_parts(size: int, tile: Tile, q: Tensor, masked: bool) -> Iterator[Tile]:
     "The tile in parts that gather about one portion; with a padding mask one offset at a time: it sees other keys."
-    room = portion_size(q) // (4 if q.element_size() > 2 else 1)  # what a copy may take
-    for one in (replace(tile, pieces=(p,)) for p in tile.pieces) if masked else (tile,):
+    room = size // 4  # what a copy may take
+    shares = [q.shape[0] * tile.segments * p.num_heads % torch.get_num_threads() for p in tile.pieces]
+    apart = masked or (q.device.type == "cpu" and q.element_size() <= 2 and not any(shares))
+    for one in (replace(tile, pieces=(p,)) for p in tile.pieces) if apart else (tile,):
         yield from one.split(max(1, room // (q.shape[0] * one.num_heads * max(one.size) * q.shape[3])))
 
 # %% ../nbs/07_improved.ipynb #a5f5cab3
@@ -136,7 +196,8 @@ class Options:
     zeros: bool  # ragged="zeros"
     scale: float
     backend: str  # resolved
-    copy: bool  # gather by copying also where a view would do
+    portion: int  # numbers in the queries of a portion
+    copy: tuple[str, ...]  # what to gather by copying also where a view would do
 
     @property
     def divisor(self) -> int:
@@ -168,6 +229,19 @@ def _padding(mask: Tensor | None, part: Tile) -> Tensor | None:
     return None if mask is None else part.pieces[0].keys.view(mask).flatten(0, 1)
 
 
+def attend_tile(
+    tile: Tile, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options, space: Workspace
+) -> tuple[Tensor, Tensor]:
+    "`(out, lse)` of a tile, `[b * segments, count, heads, ...]`."
+    rows, keys = sides(tile)
+    inputs = ("q", q, rows), ("k", k, keys), ("v", v, keys)
+    gq, gk, gv = (gather(space, name, x, side, name in options.copy) for name, x, side in inputs)
+    o, l = attend_forward(gq, gk, gv, options.is_causal, _padding(mask, tile), options.scale, options.backend)
+    if tile.zeros:
+        merge_(o, l, torch.zeros_like(o), torch.full_like(l, tile.zeros).log_())
+    return o, l
+
+
 def forward_portion(
     out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
     plan: tuple[Tile, ...], options: Options, space: Workspace,
@@ -178,50 +252,43 @@ def forward_portion(
     bare = _gaps(plan, q.shape[2]) if alone else slice(0, 0 if filled else q.shape[2])
     out[:, :, bare].zero_()
     lse[:, :, bare].fill_(-inf)
-    later: list[tuple[slice, Any, Tensor, Tensor | None]] = []
+    later: list[tuple[Series, Tensor, Tensor]] = []
     for tile in plan:
-        store = filled and tile is plan[0]
-        for part in tile_parts(tile, q, mask is not None):
-            rows, keys = sides(part)
-            inputs = ("q", q, rows), ("k", k, keys), ("v", v, keys)
-            gq, gk, gv = (gather(space, name, x, side, options.copy) for name, x, side in inputs)
-            o, l = attend_forward(gq, gk, gv, options.is_causal, _padding(mask, part), options.scale, options.backend)
-            if tile.zeros:
-                merge_(o, l, torch.zeros_like(o), torch.full_like(l, tile.zeros).log_())
-            found = zip(rows, scatter(o, out, rows), scatter(l, lse, rows))
-            for (heads, grid, _), (out_rows, o_part), (lse_rows, l_part) in found:
-                if alone:
+        store = alone or (filled and tile is plan[0])
+        for part in tile_parts(options.portion, tile, q, mask is not None):
+            o, l = attend_tile(part, q, k, v, mask, options, space)
+            rows, _ = sides(part)
+            for one, (out_rows, o_part), (lse_rows, l_part) in zip(rows, scatter(o, out, rows), scatter(l, lse, rows)):
+                if store and options.divisor > 1:
                     torch.div(o_part, options.divisor, out=out_rows)
-                    lse_rows.copy_(l_part)
-                elif out.dtype == lse.dtype and store:
+                elif store:
                     out_rows.copy_(o_part)
-                    lse_rows.copy_(l_part)
                 elif out.dtype == lse.dtype:
                     merge_(out_rows, lse_rows, o_part, l_part)
-                elif store:
-                    lse_rows.copy_(l_part)
-                    later.append((heads, grid, o_part, None))
                 else:
-                    later.append((heads, grid, o_part, merge_lse_(lse_rows, l_part)))
-    if not alone and out.dtype != lse.dtype:
-        _merge_later(out, later, lse.dtype, space)
+                    later.append((one, o_part, merge_lse_(lse_rows, l_part)))
+                if store:
+                    lse_rows.copy_(l_part)
+    if later:
+        merge_later(out, later, options.portion // 16, lse.dtype, space)
 
 
-def _merge_later(out: Tensor, parts: list[Any], dtype: torch.dtype, space: Workspace) -> None:
-    "Merge parts `(heads, grid, out, weight)` in a wider dtype, head by head, and round once."
-    every = range(out.shape[2])
-    for head in every:
-        mine = [(p, every[p[0]].index(head)) for p in parts if head in every[p[0]]]
-        wide = space("wide", (*out.shape[:2], 1, out.shape[3]), dtype)
-        if not mine or mine[0][0][3] is not None:
-            wide.zero_()
-        for (_, grid, o, weight), i in mine:
-            there, o = grid.view(wide), o[:, :, :, i : i + 1]
-            if weight is None:
-                there.copy_(o)
-            else:
-                there.lerp_(space("o", o.shape, dtype).copy_(o), weight[:, :, :, i : i + 1])
-        out[:, :, head : head + 1].copy_(wide)
+def merge_later(
+    out: Tensor, parts: list[tuple[Series, Tensor, Tensor]], size: int, dtype: torch.dtype, space: Workspace
+) -> None:
+    "Merge parts `(where, out, weight)` in a wider dtype, about `size` numbers at a time, and round once."
+    b, n, h, d = out.shape
+    rates = lcm(*(where.grid.rate for where, *_ in parts))
+    step = size // (b * h * d) // rates * rates or rates
+    for low in range(0, n, step):
+        block = out[:, low : low + step]
+        wide = space("wide", block.shape, dtype).copy_(block)
+        for where, o, weight in parts:
+            for pieces, segments, rows, inside in where.within(low, low + block.shape[1]):
+                o_rows = o[pieces, :, segments, rows]
+                o_rows = space("o", o_rows.shape, dtype).copy_(o_rows)
+                inside.view(wide).lerp_(o_rows, weight[pieces, :, segments, rows])
+        block.copy_(wide)
 
 # %% ../nbs/07_improved.ipynb #f6410763
 def backward_portion(
@@ -240,11 +307,11 @@ def backward_portion(
             w.zero_()
     for tile in plan:
         store = alone or (filled and tile is plan[0])
-        for part in tile_parts(tile, q, mask is not None):
+        for part in tile_parts(options.portion, tile, q, mask is not None):
             rows, keys = sides(part)
             inputs = ("dout", dout, rows), ("q", q, rows), ("k", k, keys), ("v", v, keys), ("out", out, rows)
             scaled = options.divisor > 1
-            copied = [options.copy or (scaled and name in ("dout", "out")) for name, _, _ in inputs]
+            copied = [name in options.copy or (scaled and name in ("dout", "out")) for name, _, _ in inputs]
             do, gq, gk, gv, o = (gather(space, n, x, side, c) for (n, x, side), c in zip(inputs, copied))
             if scaled:
                 do.div_(options.divisor)
@@ -257,8 +324,8 @@ def backward_portion(
                 if result.dtype != grad.dtype and not store:
                     result = space("g", result.shape, grad.dtype).copy_(result)
                 for there, g_part in scatter(result, grad, side):
-                    if there.shape[3] < g_part.shape[3]:
-                        g_part = g_part.sum(3, keepdim=True, dtype=grad.dtype)
+                    if there.shape[4] < g_part.shape[4]:
+                        g_part = g_part.sum(4, keepdim=True, dtype=grad.dtype)
                     there.copy_(g_part) if store else there.add_(g_part)
     if not direct:
         for g, w in zip(grads, wide):
@@ -285,12 +352,14 @@ def _lse_dtype(q: Tensor) -> torch.dtype:
 
 def _options(
     q: Tensor, mask: Tensor | None, segment_lengths: Sequence[int], dilation_rates: Sequence[int],
-    is_causal: bool, mixing: str, offsets: str, ragged: str, scale: float, backend: str,
+    is_causal: bool, mixing: str, offsets: str, ragged: str, scale: float, backend: str, backward: bool,
 ) -> Options:  # fmt: skip
     name = resolve_backend(backend, q, mask is not None)
-    copy = q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64)
+    every = ("dout", "q", "k", "v", "out")
+    copy = () if q.device.type != "cpu" else every if q.element_size() > 2 else ("q",)
     zeros = ragged == "zeros" and not is_causal
-    return Options(tuple(segment_lengths), tuple(dilation_rates), is_causal, mixing, offsets, zeros, scale, name, copy)
+    branches = tuple(segment_lengths), tuple(dilation_rates)
+    return Options(*branches, is_causal, mixing, offsets, zeros, scale, name, portion_size(q, backward), copy)
 
 
 @torch.library.custom_op("dilated_attention_nb::forward", mutates_args=())
@@ -299,11 +368,13 @@ def forward_op(
     is_causal: bool, mixing: str, offsets: str, ragged: str, scale: float, backend: str, use_tf32: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     "Merged out and lse."
-    options = _options(q, mask, segment_lengths, dilation_rates, is_causal, mixing, offsets, ragged, scale, backend)
+    options = _options(
+        q, mask, segment_lengths, dilation_rates, is_causal, mixing, offsets, ragged, scale, backend, False
+    )
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
     space = Workspace(q.device)
     with _tf32(use_tf32, q):
-        for heads, rows, keys in portions(q, k, options.segment_lengths):
+        for heads, rows, keys in portions(options.portion, q, k, options.segment_lengths):
             padding = None if mask is None else mask[:, keys[0]]
             plan = options.plan(q, k, *heads, rows[0].stop - rows[0].start, keys[0].stop - keys[0].start)
             at, kv = (slice(None), *rows), (slice(None), *keys)
@@ -318,11 +389,13 @@ def backward_op(
     is_causal: bool, mixing: str, offsets: str, ragged: str, scale: float, backend: str, use_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     "dq, dk, dv."
-    options = _options(q, mask, segment_lengths, dilation_rates, is_causal, mixing, offsets, ragged, scale, backend)
+    options = _options(
+        q, mask, segment_lengths, dilation_rates, is_causal, mixing, offsets, ragged, scale, backend, True
+    )
     dq, dk, dv = (x.new_zeros(x.shape) if x.shape[1] > q.shape[1] else x.new_empty(x.shape) for x in (q, k, v))
     space = Workspace(q.device)
     with _tf32(use_tf32, q):
-        for heads, rows, keys in portions(q, k, options.segment_lengths):
+        for heads, rows, keys in portions(options.portion, q, k, options.segment_lengths):
             padding = None if mask is None else mask[:, keys[0]]
             plan = options.plan(q, k, *heads, rows[0].stop - rows[0].start, keys[0].stop - keys[0].start)
             at, kv = (slice(None), *rows), (slice(None), *keys)

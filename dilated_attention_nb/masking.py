@@ -118,6 +118,19 @@ class Grid:
         "The part of the grid from segment `first` on."
         return replace(self, start=self.start + first * self.segment_length, segments=segments)
 
+    def within(self, low: int, high: int) -> Iterator[tuple[slice, slice, "Grid"]]:
+        "Where the grid meets tokens `low` to `high`: `(segments, rows of each, their grid counted from low)`."
+        w = self.segment_length
+        a, b = max(low - self.start, 0), min(high - self.start, self.segments * w)
+        up, down = -(-a // w) * w, b // w * w
+        for x, y in [(a, b)] if up > down else [(a, up), (up, down), (down, b)]:  # parts of segments, whole segments
+            segment, inside = divmod(x, w)
+            first = max(0, -((self.offset - inside) // self.rate))
+            offset = self.offset + first * self.rate - inside
+            part = Grid(self.start + x - low, max(1, (y - x) // w), min(w, y - x), offset, self.rate)
+            if y > x and part.count:
+                yield slice(segment, segment + part.segments), slice(first, first + part.count), part
+
 # %% ../nbs/04_masking.ipynb #055f111a
 def grid_pairs(
     nq: int,  # queries, the last of the nk positions; 1 <= nq <= nk

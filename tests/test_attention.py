@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 import threading
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,14 @@ import pytest
 import torch
 import torch._dynamo.testing
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from dilated_attention_nb import improved, masking, partial
 from dilated_attention_nb.config import DilatedAttentionConfig
 from dilated_attention_nb.dilated import DilatedAttention
 from dilated_attention_nb.improved import ImprovedDilatedAttention, dilated_attention
+from dilated_attention_nb.masking import Grid, tiles
 from dilated_attention_nb.partial import attend, available_backends, merge
 from dilated_attention_nb.testing import (
     AttentionCase,
@@ -242,10 +245,10 @@ def test_strides_do_not_matter(path):
 
 def test_readable_and_improved_agree_at_length(monkeypatch):
     "Several windows, portions of heads and parts of tiles."
-    monkeypatch.setattr(improved, "portion_size", lambda q: 2**17)
+    monkeypatch.setattr(improved, "portion_size", lambda q, backward: 2**17)
     q, k, v = make_qkv(1, 5000, 4, 64, kv_heads=2, requires_grad=True)
     options = dict(segment_lengths=(128, 512, 4096), dilation_rates=(1, 3, 8), mixing="softmax", ragged="mask")
-    assert len(list(improved.portions(q, k, options["segment_lengths"]))) == 4
+    assert len(list(improved.portions(2**17, q, k, options["segment_lengths"]))) == 4
     for is_causal in (False, True):
         outs = [PATHS[p](q, k, v, is_causal=is_causal, **options) for p in ("readable", "improved")]
         torch.testing.assert_close(*outs)
@@ -255,15 +258,50 @@ def test_readable_and_improved_agree_at_length(monkeypatch):
             torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
-def test_portions_partition_the_work(device_type, monkeypatch):
-    monkeypatch.setattr(improved, "portion_size", lambda q: 2**13 if device_type == "cpu" else 2**27)
+@pytest.mark.parametrize("size", [2**13, 2**27])
+def test_portions_partition_the_work(size):
     for nq, nk, ws in ((100, 100, (8, 12)), (37, 100, (8, 12)), (1, 100, (64,)), (64, 64, (64, 32))):
         q, k, _ = make_qkv(2, nq, 6, 8, kv_heads=3, nk=nk)
         seen = torch.zeros(nq, 6, dtype=torch.int64)
-        for _, (rows, heads), _ in improved.portions(q, k, ws):
+        for _, (rows, heads), _ in improved.portions(size, q, k, ws):
             seen[rows, heads] += 1
         assert (seen == 1).all()
+
+
+@given(
+    start=st.integers(0, 5), segments=st.integers(1, 5), w=st.integers(1, 9), s=st.integers(0, 4), r=st.integers(1, 5),
+    cuts=st.lists(st.integers(0, 60), min_size=1, max_size=4),
+)  # fmt: skip
+def test_a_grid_falls_apart_at_any_cuts(start, segments, w, s, r, cuts):
+    grid = Grid(start, segments, w, s, r)
+    positions = grid.positions()
+    seen = torch.zeros_like(positions)
+    edges = [0, *sorted(cuts), 60]
+    for low, high in zip(edges, edges[1:]):
+        for where, rows, part in grid.within(low, high):
+            assert torch.equal(part.positions() + low, positions[where, rows])
+            assert ((low <= positions[where, rows]) & (positions[where, rows] < high)).all()
+            seen[where, rows] += 1
+    assert (seen == 1).all()
+
+
+@pytest.mark.parametrize("offsets", ["blocked", "interleaved"])
+@pytest.mark.parametrize("rates", [(1, 3), (4,), (7,), (16,)])
+def test_series_hold_the_pieces_of_a_tile(rates, offsets):
+    "One view of a series is the views of its pieces, whole and cut anywhere."
+    x = torch.arange(2 * 40 * 6).view(2, 40, 6)
+    for tile in tiles(40, 40, 6, 6, (20,) * len(rates), rates, "softmax", offsets):
+        queries, _ = improved.sides(tile)
+        assert len(queries) <= 2 and sum(one.pieces for one in queries) == len(tile.pieces)
+        pieces = iter(tile.pieces)
+        for one in queries:
+            here = [p.queries.view(x[:, :, p.q_heads]) for p in islice(pieces, one.pieces)]
+            assert torch.equal(one.view(x), torch.stack(here))
+            found = torch.zeros_like(one.view(x))
+            for low, high in ((0, 13), (13, 27), (27, 40)):
+                for which, segments, rows, part in one.within(low, high):
+                    found[which, :, segments, rows] += part.view(x[:, low:high])
+            assert torch.equal(found, torch.stack(here))
 
 
 @settings(max_examples=60)
@@ -271,7 +309,7 @@ def test_portions_partition_the_work(device_type, monkeypatch):
 def test_equals_the_oracle_in_small_portions(case):
     "The same with portions so small that every sequence is cut wherever it may be."
     before = improved.portion_size
-    improved.portion_size = lambda q: 64
+    improved.portion_size = lambda q, backward: 64
     try:
         held("improved", case)
     finally:
