@@ -9,7 +9,7 @@ __all__ = ['POSITIONS', 'LARGEST_EXPONENT', 'LongNetConfig', 'longnet_125m', 'lo
 
 # %% ../nbs/12_longnet.ipynb #9f16e6b4
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,6 +35,7 @@ from .multihead import KINDS, MultiheadDilatedAttention, magneto_init
 # %% ../nbs/12_longnet.ipynb #5c75ec12
 POSITIONS = ("xpos", "rope", "none")
 LARGEST_EXPONENT = 44.0  # of xPos: e^44 times e^44 is still a float32 and a bfloat16
+_MAYBE_NONE = frozenset(("vocab_size", "ffn_dim", "xpos_scale_base", "gamma_init"))
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,11 @@ class LongNetConfig(Config):
     ragged: str = "mask"  # any length; or "error", "zeros"
     position: str = "xpos"  # one of POSITIONS; xPos is for decoders only
     rope_base: float = 10_000.0  # the slowest pair turns by one radian in about so many positions
-    xpos_scale_base: float | None = None  # xPos scales by zeta^(position / this); None: 512, or more if that overflows
+    xpos_scale_base: float | None = None  # xPos scales by zeta^(position / this); None: 512, more if that overflows
     dropout: float = 0.0  # in [0, 1): of the embeddings and of what each half of a layer adds
     attention_dropout: float = 0.0  # in [0, 1): of the output of attention
     activation_dropout: float = 0.0  # in [0, 1): inside the feed-forward layers
-    drop_path: float = (
-        0.0  # in [0, 1): chance to skip the last layer, for each sample; earlier ones proportionally less
-    )
+    drop_path: float = 0.0  # in [0, 1): chance of a sample to skip the last layer; earlier ones proportionally less
     bias: bool = True  # in all projections
     layer_norm_eps: float = 1e-5  # above 0
     gamma_init: float | None = None  # gain of what writes into the residual stream; None: sqrt(log(2 num_layers))
@@ -70,31 +69,22 @@ class LongNetConfig(Config):
     max_head_dim: int = 128  # widest head
 
     def __post_init__(self) -> None:
-        optional = [name for name in ("vocab_size", "ffn_dim") if getattr(self, name) is not None]
-        for name in ("num_layers", *optional):
-            self._store(**{name: check_int(name, getattr(self, name))})
-        for name in ("dropout", "attention_dropout", "activation_dropout", "drop_path"):
-            self._store(**{name: check_dropout(name, getattr(self, name))})
-        optional = [name for name in ("xpos_scale_base", "gamma_init") if getattr(self, name) is not None]
-        for name in ("rope_base", *optional):
-            self._store(**{name: check_positive(name, getattr(self, name))})
-        for name in ("tie_embeddings", "activation_checkpointing"):
-            check_flag(name, getattr(self, name))
+        def check(by: Callable[[str, Any], Any], *names: str) -> None:
+            for name in names:
+                if getattr(self, name) is not None or name not in _MAYBE_NONE:
+                    self._store(**{name: by(name, getattr(self, name))})
+
+        check(check_int, "num_layers", "vocab_size", "ffn_dim")
+        check(check_dropout, "dropout", "attention_dropout", "activation_dropout", "drop_path")
+        check(check_positive, "rope_base", "xpos_scale_base", "gamma_init")
+        check(check_flag, "tie_embeddings", "activation_checkpointing")
         check_choice("position", self.position, POSITIONS)
         check_choice("attention", self.attention, KINDS)
-        for checked in (self.multihead_config, self.attention_config):
-            for name in (
-                "embed_dim",
-                "num_heads",
-                "num_kv_heads",
-                "layer_norm_eps",
-                "segment_lengths",
-                "dilation_rates",
-            ):
-                if hasattr(checked, name):
-                    self._store(**{name: getattr(checked, name)})
-        if self.position == "xpos" and self.scale_base < (safe := self.window * math.log(3.5) / 2 / LARGEST_EXPONENT):
-            rule = f"be at least {math.ceil(safe)} for segments that repeat every {self.window} tokens"
+        shared = ("embed_dim", "num_heads", "num_kv_heads", "layer_norm_eps", "segment_lengths", "dilation_rates")
+        for part in (self.multihead_config, self.attention_config):  # which check what they are given
+            self._store(**{name: getattr(part, name) for name in shared if hasattr(part, name)})
+        if self.position == "xpos" and self.scale_base < self._safe_base:
+            rule = f"be at least {math.ceil(self._safe_base)} for segments that repeat every {self.window} tokens"
             raise ValueError(complaint("xpos_scale_base", rule, self.scale_base, "less overflows; None picks it"))
 
     @property
@@ -115,8 +105,12 @@ class LongNetConfig(Config):
     @property
     def scale_base(self) -> float:
         "`xpos_scale_base`, with None resolved."
-        safe = math.ceil(self.window * math.log(3.5) / 2 / LARGEST_EXPONENT)
-        return max(512.0, safe) if self.xpos_scale_base is None else self.xpos_scale_base
+        return max(512.0, math.ceil(self._safe_base)) if self.xpos_scale_base is None else self.xpos_scale_base
+
+    @property
+    def _safe_base(self) -> float:
+        "Half a window from its middle, the largest factor of xPos is `3.5 ** (window / 2 / base)`."
+        return self.window * math.log(3.5) / 2 / LARGEST_EXPONENT
 
     @property
     def multihead_config(self) -> MultiheadConfig:

@@ -8,8 +8,8 @@ __all__ = ['SKIPPED', 'SEPARATOR', 'VOCAB', 'STAGES', 'DEFAULTS', 'text_files', 
            'learning_rate', 'NgramEmbedding', 'make_model', 'make_optimizers', 'train_step', 'autocast', 'fast_dtype',
            'write_file', 'state_tensors', 'save_checkpoint', 'load_checkpoint', 'bits_per_byte',
            'compressed_bits_per_byte', 'with_branches', 'forward_seconds', 'sample_tokens', 'noted_signals', 'train',
-           'read_metrics', 'origin', 'context_lengths', 'finish', 'load_run', 'table', 'new_folder',
-           'calibrated_seconds', 'parse', 'choose_device', 'start_run', 'resume_run', 'demo']
+           'read_metrics', 'origin', 'context_lengths', 'finish', 'load_run', 'table', 'parse', 'new_folder',
+           'calibrated_seconds', 'choose_device', 'start_run', 'resume_run', 'demo']
 
 # %% ../nbs/15_training.ipynb #c17f4f5f
 import argparse
@@ -459,7 +459,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
-# %% ../nbs/15_training.ipynb #433e3eb9
+# %% ../nbs/15_training.ipynb #ab248038
 def origin(config: TrainingConfig) -> dict[str, Any]:
     "Where and when something was measured."
     if config.device.startswith("cuda"):
@@ -476,41 +476,44 @@ def context_lengths(config: TrainingConfig, available: int) -> list[int]:
     return [n for n in (2 * config.context >> i for i in range(6, -1, -1)) if 16 <= n < available]
 
 
-def finish(
-    run: Path, config: TrainingConfig, corpus: Corpus, model: LongNet, noted: Sequence[int]
-) -> dict[str, Any] | None:
-    "Evaluate, draw, sample; returns what `results.json` holds, or None after a signal."
-    model.eval()
+def _measured(config: TrainingConfig, corpus: Corpus, model: LongNet, noted: Sequence[int]) -> dict[str, Any] | None:
+    "Bits per byte and seconds for each length, beside compressors and dense attention; None after a signal."
     held = corpus.held[: config.eval_bytes + 1]
-    text, where = to_bytes(held[1:]), origin(config)
-    compressed = compressed_bits_per_byte(text)
+    text, where, lengths = to_bytes(held[1:]), origin(config), context_lengths(config, len(held))
     contexts: list[dict[str, Any]] = []
     speed: list[dict[str, Any]] = []
-    lengths = context_lengths(config, len(held))
     for n in tqdm(lengths, desc="contexts", leave=False):
         if noted:
             return None
-        contexts.append(
-            {"context": n, "bits_per_byte": bits_per_byte(model, config, held, n), "text": "held-out", **where}
-        )
+        bits = bits_per_byte(model, config, held, n)
+        contexts.append({"context": n, "bits_per_byte": bits, "text": "held-out", **where})
     for n in tqdm(lengths[2:], desc="speed", leave=False):
         for name, other in (("dilated", model), ("dense", with_branches(model, config, (n,), (1,)))):
             if noted:
                 return None
             speed.append({"length": n, "seconds": forward_seconds(other, config, n), "attention": name, **where})
-    prompt = corpus.held[:512]
-    said = sample_tokens(model, config, prompt, 400)
-    rows = read_metrics(run)
     trained = [r["bits_per_byte"] for r in contexts if r["context"] <= config.context][-1]
-    results = {
-        "bits_per_byte": trained, **compressed, "held_bytes": len(text), "held_files": len(corpus.held_files),
-        "train_bytes": config.tokens, "train_seconds": round(sum(r["seconds"] for r in rows), 1), "steps": config.steps,
+    return {
+        "bits_per_byte": trained, **compressed_bits_per_byte(text), "held_bytes": len(text),
+        "held_files": len(corpus.held_files), "train_bytes": config.tokens, "steps": config.steps,
         "parameters": sum(p.numel() for p in model.parameters()), "contexts": contexts, "speed": speed, **where,
     }  # fmt: skip
+
+
+def finish(
+    run: Path, config: TrainingConfig, corpus: Corpus, model: LongNet, noted: Sequence[int]
+) -> dict[str, Any] | None:
+    "Evaluate, draw, sample; returns what `results.json` holds, or None after a signal."
+    results = _measured(config, corpus, model.eval(), noted)
+    if results is None:
+        return None
+    prompt, rows = corpus.held[:512], read_metrics(run)
+    said = sample_tokens(model, config, prompt, 400)
+    results["train_seconds"] = round(sum(row["seconds"] for row in rows), 1)
+    lines = {"held-out": results["bits_per_byte"], **{name: results[name] for name in ("gzip -9", "lzma")}}
+    contexts, speed = results["contexts"], results["speed"]
     figures = {
-        "loss": plot_training(
-            rows, ("bits_per_byte",), "bytes", 0.95, {"held-out": trained, **compressed}, "bits per byte"
-        ),
+        "loss": plot_training(rows, ("bits_per_byte",), "bytes", 0.95, lines, "bits per byte"),
         "context": plot_curves(contexts, "context", "bits_per_byte", "text", log=False, ylabel="bits per byte"),
         "speed": plot_curves(speed, "length", "seconds", "attention", "length", "s", ylabel="time per token"),
     }
@@ -538,7 +541,45 @@ def table(results: dict[str, Any]) -> str:
     rows += [(f"LongNet, context {r['context']:,}", r["bits_per_byte"]) for r in results["contexts"]]
     return "\n".join(f"{name:28}{value:8.3f} bits per byte" for name, value in rows)
 
-# %% ../nbs/15_training.ipynb #a8883d98
+# %% ../nbs/15_training.ipynb #30ad691f
+DEFAULTS: dict[str, Any] = {
+    "text": None, "minutes": 4.0, "steps": None, "context": 16_384, "name": None, "seed": 0, "width": 256, "layers": 2,
+    "heads": 2, "segments": (1024, 4096, 16_384), "rates": (1, 4, 16), "eval_bytes": 131_072,
+    "device": None, "dtype": None,
+}  # fmt: skip
+
+
+def parse(argv: Sequence[str] | None) -> tuple[dict[str, Any], Path, str | None]:
+    "Every setting, the folder of all runs, and the name of the one to resume."
+    p = argparse.ArgumentParser(
+        "python -m dilated_attention_nb.training",
+        description="Train a small byte-level LongNet on real text.",
+        argument_default=argparse.SUPPRESS,  # a flag that isn't given is not there
+    )
+    p.add_argument("--text", help="a file or a folder (default: the source files of Python's standard library)")
+    length = p.add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=float, help="what all of it may take (default: 4)")
+    length.add_argument("--steps", type=int, help="take exactly so many steps instead")
+    p.add_argument("--context", type=int, help="longest sequence in training, in bytes (default: 16384)")
+    p.add_argument("--name", help="of the run (default: longnet, longnet-2, ...)")
+    p.add_argument("--resume", metavar="NAME", default=None, help="continue this run as if it had not been interrupted")
+    p.add_argument("--out", type=Path, default=Path("runs"), help="where the folders of runs are (default: runs)")
+    p.add_argument("--seed", type=int, help="of everything random (default: 0)")
+    p.add_argument("--width", type=int, help="of the model (default: 256)")
+    p.add_argument("--layers", type=int, help="of the model (default: 2)")
+    p.add_argument("--heads", type=int, help="of each layer (default: 2)")
+    p.add_argument("--segments", type=int, nargs="+", metavar="W", help="segment lengths (default: 1024 4096 16384)")
+    p.add_argument("--rates", type=int, nargs="+", metavar="R", help="their dilation rates (default: 1 4 16)")
+    p.add_argument("--eval-bytes", type=int, help="held-out bytes to evaluate on (default: 131072)")
+    p.add_argument("--device", help="cpu, cuda or mps (default: cuda, else mps, else cpu, whichever is there first)")
+    p.add_argument("--dtype", choices=("bfloat16", "float32"), help="of products (default: bfloat16 where it is fast)")
+    given = vars(p.parse_args(argv))
+    out, resume = given.pop("out"), given.pop("resume")
+    if resume is not None and given:
+        p.error(f"--resume takes everything from the run: leave out --{next(iter(given)).replace('_', '-')}")
+    return DEFAULTS | given, out, resume
+
+# %% ../nbs/15_training.ipynb #abc43c31
 def new_folder(out: Path, name: str | None) -> Path:
     "A folder that did not exist; without a name `longnet`, or the first of `longnet-2`, `longnet-3`, ... that is free."
     if name is not None and (Path(name).name != name or name[0] == "."):
@@ -568,42 +609,6 @@ def calibrated_seconds(config: TrainingConfig, corpus: Corpus) -> list[float]:
             times.append(time.perf_counter() - start)
         seconds.append(min(times))
     return seconds
-
-
-DEFAULTS: dict[str, Any] = {
-    "text": None, "minutes": 4.0, "steps": None, "context": 16_384, "name": None, "seed": 0, "width": 256, "layers": 2,
-    "heads": 2, "segments": (1024, 4096, 16_384), "rates": (1, 4, 16), "eval_bytes": 131_072,
-    "device": None, "dtype": None,
-}  # fmt: skip
-
-
-def parse(argv: Sequence[str] | None) -> tuple[dict[str, Any], Path, str | None]:
-    "Every setting, the folder of all runs, and the name of the one to resume."
-    p = argparse.ArgumentParser(
-        "python -m dilated_attention_nb.training", description="Train a small byte-level LongNet on real text."
-    )
-    p.add_argument("--text", help="a file or a folder (default: the source files of Python's standard library)")
-    length = p.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=float, help="what all of it may take (default: 4)")
-    length.add_argument("--steps", type=int, help="take exactly so many steps instead")
-    p.add_argument("--context", type=int, help="longest sequence in training, in bytes (default: 16384)")
-    p.add_argument("--name", help="of the run (default: longnet, longnet-2, ...)")
-    p.add_argument("--resume", metavar="NAME", help="continue this run as if it had not been interrupted")
-    p.add_argument("--out", type=Path, default=Path("runs"), help="where the folders of runs are (default: runs)")
-    p.add_argument("--seed", type=int, help="of everything random (default: 0)")
-    p.add_argument("--width", type=int, help="of the model (default: 256)")
-    p.add_argument("--layers", type=int, help="of the model (default: 2)")
-    p.add_argument("--heads", type=int, help="of each layer (default: 2)")
-    p.add_argument("--segments", type=int, nargs="+", metavar="W", help="segment lengths (default: 1024 4096 16384)")
-    p.add_argument("--rates", type=int, nargs="+", metavar="R", help="their dilation rates (default: 1 4 16)")
-    p.add_argument("--eval-bytes", type=int, help="held-out bytes to evaluate on (default: 131072)")
-    p.add_argument("--device", help="cpu, cuda or mps (default: cuda, else mps, else cpu, whichever is there first)")
-    p.add_argument("--dtype", choices=("bfloat16", "float32"), help="of products (default: bfloat16 where it is fast)")
-    args = p.parse_args(argv)
-    given = {name: value for name, value in vars(args).items() if name in DEFAULTS and value is not None}
-    if args.resume is not None and given:
-        p.error(f"--resume takes everything from the run: leave out --{next(iter(given)).replace('_', '-')}")
-    return DEFAULTS | given, args.out, args.resume
 
 
 def choose_device(name: str | None) -> str:
@@ -641,7 +646,7 @@ def start_run(given: dict[str, Any], out: Path, began: float) -> tuple[Path, Tra
     write_file(run / "config.json", config.to_json())
     return run, config, corpus
 
-
+# %% ../nbs/15_training.ipynb #33885d6a
 def resume_run(run: Path) -> tuple[Path, TrainingConfig, Corpus]:
     "What was stored. Raises `ValueError` if there is no such run, if it is finished or if its text has changed."
     if not (run / "config.json").is_file():

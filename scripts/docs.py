@@ -11,6 +11,7 @@ Nothing is executed but imports and exported code; the outputs are those stored 
 from __future__ import annotations
 
 import argparse
+import copy
 import html
 import os
 import re
@@ -29,6 +30,8 @@ EXPORT = re.compile(r"^(\s*#\|\s*)exporti?[ \t]*$", re.MULTILINE)
 HIDE = re.compile(r"^\s*#\|\s*hide\b", re.MULTILINE)
 DEFINES = re.compile(r"^(def |class |async def |@|[A-Za-z_]\w*\s*[:=])", re.MULTILINE)
 OPTION = re.compile(r"^#\|\s*([\w-]+):\s*(.*?)\s*$")
+MARKDOWN_FILE = re.compile(r"\]\(([\w.-]+\.md)\)")  # a link from the index to a file that is no page
+ANCHOR = re.compile(r'(<h\d id="|<a class="anchor-link" href="#)([^"]+)')
 SOURCE_LINK = re.compile(r"^\[source\]\([^)]*\)\{[^}]*\}\s*$|^\[source\]\([^)]*\)\s*$", re.MULTILINE)
 MATHS = re.compile(
     r"\$\$(?P<block>.+?)\$\$|(?<![\\$\w])\$(?P<inline>[^\s$](?:[^$\n]*?[^\s$\\])?)\$(?![\d$])", re.DOTALL
@@ -68,6 +71,22 @@ def split_title(cell) -> list:
     return [mk_cell(head[0].strip(), "markdown"), mk_cell(rest, "markdown")] if rest else [cell]
 
 
+def split_definitions(cell) -> list:
+    "Part an exported cell after each public definition, so that a page shows its source below its documentation."
+    import ast
+
+    if cell.cell_type != "code" or not EXPORT.search(cell.source) or HIDE.search(cell.source):
+        return [cell]
+    lines, kinds = cell.source.splitlines(), ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    ends = [n.end_lineno for n in ast.parse(cell.source).body if isinstance(n, kinds) and n.name[0] != "_"][:-1]
+    parts = [copy.deepcopy(cell) for _ in (*ends, None)]
+    for i, (part, a, b) in enumerate(zip(parts, [0, *ends], [*ends, len(lines)])):
+        directives = [line for line in lines[:a] if line.startswith("#|")]
+        part.source = "\n".join([*directives, *lines[a:b]]).strip("\n")
+        part.id = f"{cell.id}-{i}" if i else cell.id
+    return parts
+
+
 def process(source: Path, target: Path) -> None:
     "Run nbdev's processors over one notebook. Needs a fresh process: exported cells may register operators."
     os.environ["IN_TEST"] = "1"
@@ -98,7 +117,7 @@ def process(source: Path, target: Path) -> None:
     sys.path.insert(0, str(ROOT))
     nb = read_nb(source)
     os.chdir(source.parent)
-    nb.cells = [part for cell in nb.cells for part in split_title(cell)]
+    nb.cells = [part for cell in nb.cells for piece in split_title(cell) for part in split_definitions(piece)]
     for cell in nb.cells:
         if cell.cell_type == "code" and DEFINES.search(cell.source) and not HIDE.search(cell.source):
             cell.source = EXPORT.sub(r"\1exports", cell.source)  # which shows the source as well
@@ -106,8 +125,9 @@ def process(source: Path, target: Path) -> None:
     cfg = settings()
     site = f"{cfg['doc_host']}{cfg['doc_baseurl']}/"
     up = "../" * len(source.relative_to(ROOT).parent.parts)
+    files = f"]({cfg.git_url}/blob/{cfg.branch}/"
     for cell in nb.cells:
-        cell.source = (cell.source or "").replace(site, up)
+        cell.source = MARKDOWN_FILE.sub(files + r"\1)", (cell.source or "").replace(site, up))
         for out in cell.get("outputs", []):
             data = out.get("data", {})
             for kind in [k for k in data if k.startswith("text/")]:
@@ -338,6 +358,7 @@ def preview(pages: list[Page], proc: Path, out: Path) -> None:
     part.mkdir()
     for page in pages:
         body, _ = exporter.from_notebook_node(tidy(as_notebook(proc / page.source), links))
+        body = ANCHOR.sub(lambda m: m[1] + m[2].lower(), body)  # as Quarto writes them, and links expect
         target = part / page.target
         target.parent.mkdir(parents=True, exist_ok=True)
         up = "../" * len(page.target.parent.parts)
