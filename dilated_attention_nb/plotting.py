@@ -360,7 +360,7 @@ def plot_curves(
     log: bool = True,  # is the y axis logarithmic? The x axis is
     ax: Axes | None = None,
 ) -> Axes:
-    """`y` (divided by `per`) over `x`, a curve for each value of `by`, with the caption that says where it was measured.
+    """`y` (divided by `per`) over `x`, a curve for each value of `by`, and a caption that says where it was measured.
 
     Raises `ValueError`, as `caption` does, for a record without its origin.
     """
