@@ -207,8 +207,7 @@ def check_padding(mask: Any, k: Tensor) -> None:
 def check_qkv(q: Any, k: Any, v: Any, key_padding_mask: Any = None) -> None:
     """Raises unless q is `[b, nq, h, d]`, k and v `[b, nk, kv_h, d]` and the mask None or `[b, nk]`.
 
-    `nq` is at most `nk`, and `kv_h` divides `h`. `TypeError` for no tensor or a wrong dtype, `ValueError` for shapes and
-    devices.
+    `nq` is at most `nk`, `kv_h` divides `h`. A `TypeError` for types and dtypes, a `ValueError` for shapes and devices.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_floats(name, x)
