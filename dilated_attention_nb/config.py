@@ -16,7 +16,7 @@ import difflib
 import json
 import math
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, TypeVar, get_type_hints
@@ -126,7 +126,10 @@ def check_ints(name: str, values: Any) -> tuple[int, ...]:
 
 
 def check_branches(segment_lengths: Any, dilation_rates: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    "Both as tuples of equal length: branch g is the pair `(segment_lengths[g], dilation_rates[g])`."
+    """Both as tuples of equal length: branch g is the pair `(segment_lengths[g], dilation_rates[g])`.
+
+    Entries from 1 to 2**48. Raises `TypeError` for what is no list of integers, `ValueError` for the rest.
+    """
     lengths, rates = check_ints("segment_lengths", segment_lengths), check_ints("dilation_rates", dilation_rates)
     if len(lengths) != len(rates):
         got = f"{reprlib.repr(lengths)} and {reprlib.repr(rates)}"
@@ -136,20 +139,20 @@ def check_branches(segment_lengths: Any, dilation_rates: Any) -> tuple[tuple[int
 
 
 def check_heads(num_heads: int, num_branches: int, mixing: str) -> None:
-    "With `mixing='groups'` every branch needs a head of its own."
+    "A `ValueError` if `mixing` is 'groups' and there are fewer heads than branches: every branch needs one of its own."
     if mixing == "groups" and num_heads < num_branches:
         got, advice = f"{num_heads} for {num_branches} branches", "use more heads, fewer branches or mixing='softmax'"
         raise ValueError(complaint("num_heads", "be at least the number of branches in groups mixing", got, advice))
 
 # %% ../nbs/00_config.ipynb #ba1ccd61
 def valid_lengths(n: int, segment_lengths: Sequence[int]) -> tuple[int, int]:
-    "The nearest common multiples of the segment lengths at or below `n` (0 if there is none) and at or above it."
+    "The nearest common multiples of the segment lengths: at or below `n` (0 if there is none), and at or above it."
     step = math.lcm(*segment_lengths)
     return n // step * step, -(-n // step) * step
 
 
 def check_length(n: int, segment_lengths: Sequence[int], ragged: str) -> None:
-    "With `ragged='error'` the number of keys `n` must be a multiple of every segment length."
+    "A `ValueError` if `ragged` is 'error' and the number of keys `n` is not a multiple of every segment length."
     if ragged != "error":
         return
     for w in segment_lengths:
@@ -164,7 +167,7 @@ _BNHD = "[batch, seq, heads, head_dim]"
 
 
 def check_floats(name: str, x: Any) -> None:
-    "`x` must be a tensor `[b, n, h, d]` of one of `FLOAT_DTYPES`, none of its sizes 0."
+    "Raises unless `x` is a tensor `[b, n, h, d]` of one of `FLOAT_DTYPES`, none of its sizes 0."
     if not isinstance(x, Tensor):
         raise TypeError(complaint(name, f"be a tensor {_BNHD}", type(x).__name__, "convert it with torch.as_tensor"))
     if x.dtype not in FLOAT_DTYPES:
@@ -178,7 +181,7 @@ def check_floats(name: str, x: Any) -> None:
 
 
 def check_alike(name: str, x: Tensor, q: Tensor) -> None:
-    "`x` must share dtype, device, batch and head_dim with `q`."
+    "Raises unless `x` shares dtype, device, batch and head_dim with `q`."
     if x.dtype != q.dtype:
         raise TypeError(complaint(name, f"have q's dtype {q.dtype}", x.dtype, "convert one of them"))
     if x.device != q.device:
@@ -189,7 +192,7 @@ def check_alike(name: str, x: Tensor, q: Tensor) -> None:
 
 
 def check_padding(mask: Any, k: Tensor) -> None:
-    "`mask` must be a bool tensor `[b, n]` for keys `[b, n, h, d]`; True is padding, which is never attended to."
+    "Raises unless `mask` is bool, `[b, n]` for keys `[b, n, h, d]`; True is padding, which is never attended to."
     name, shape = "key_padding_mask", tuple(k.shape[:2])
     if not isinstance(mask, Tensor):
         raise TypeError(complaint(name, "be a bool tensor or None", type(mask).__name__, "use torch.as_tensor"))
@@ -202,7 +205,10 @@ def check_padding(mask: Any, k: Tensor) -> None:
 
 
 def check_qkv(q: Any, k: Any, v: Any, key_padding_mask: Any = None) -> None:
-    "q `[b, nq, h, d]`, k and v `[b, nk, kv_h, d]`, mask `[b, nk]`, with `nq <= nk` and `kv_h` dividing `h`."
+    """Raises unless q is `[b, nq, h, d]`, k and v `[b, nk, kv_h, d]` and the mask None or `[b, nk]`.
+
+    `nq` is at most `nk`, `kv_h` divides `h`. A `TypeError` for types and dtypes, a `ValueError` for shapes and devices.
+    """
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_floats(name, x)
         check_alike(name, x, q)
@@ -218,7 +224,7 @@ def check_qkv(q: Any, k: Any, v: Any, key_padding_mask: Any = None) -> None:
     if key_padding_mask is not None:
         check_padding(key_padding_mask, k)
 
-# %% ../nbs/00_config.ipynb #c9fec2b5
+# %% ../nbs/00_config.ipynb #47478662
 def check_device(name: str, device: Any) -> torch.device | None:
     "A `torch.device`, from itself or its name; None stays None. It need not exist on this machine."
     if device is None or isinstance(device, torch.device):
@@ -242,13 +248,13 @@ def check_dtype(name: str, dtype: Any) -> torch.dtype | None:
 
 
 def check_placement(name: str, x: Tensor, device: torch.device | None, dtype: torch.dtype | None) -> None:
-    "`x` must be on `device` and of `dtype`, where given; a device without a number means any of its kind."
+    "Raises unless `x` is on `device` and of `dtype`, where given; a device without a number means any of its kind."
     if dtype is not None and x.dtype != dtype:
         raise TypeError(complaint(name, f"be {dtype} as the config says", x.dtype, "convert it or set dtype=None"))
     if device is not None and (x.device.type != device.type or device.index not in (None, x.device.index)):
         raise ValueError(complaint(name, f"be on {device} as the config says", x.device, "move it or set device=None"))
 
-# %% ../nbs/00_config.ipynb #8f7c6636
+# %% ../nbs/00_config.ipynb #8ce456a6
 _C = TypeVar("_C", bound="Config")
 
 
@@ -269,6 +275,13 @@ class Config:
         "Put checked values into the frozen fields; for `__post_init__` only."
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+
+    def _check(self, check: Callable[..., Any], *names: str, **options: Any) -> None:
+        "Store what `check` makes of these fields; None stays None where it is the default."
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        for name in names:
+            if getattr(self, name) is not None or defaults[name] is not None:
+                self._store(**{name: check(name, getattr(self, name), **options)})
 
     def to_dict(self) -> dict[str, Any]:
         "The fields in JSON's types."
@@ -312,7 +325,7 @@ def _nested(hint: Any, value: Any) -> Any:
     expected = isinstance(hint, type) and issubclass(hint, Config)
     return hint.from_dict(value) if expected and isinstance(value, Mapping) else value
 
-# %% ../nbs/00_config.ipynb #9a57daa8
+# %% ../nbs/00_config.ipynb #8f7c6636
 @dataclass(frozen=True)
 class DilatedAttentionConfig(Config):
     "The branches of dilated attention, how they are joined, and where they are computed."
@@ -329,19 +342,21 @@ class DilatedAttentionConfig(Config):
 
     def __post_init__(self) -> None:
         lengths, rates = check_branches(self.segment_lengths, self.dilation_rates)
-        check_choice("mixing", self.mixing, MIXINGS)
-        check_choice("offsets", self.offsets, OFFSETS)
-        check_choice("ragged", self.ragged, RAGGED)
-        check_flag("use_tf32", self.use_tf32)
-        self._store(segment_lengths=lengths, dilation_rates=rates, dropout=check_dropout("dropout", self.dropout))
-        self._store(device=check_device("device", self.device), dtype=check_dtype("dtype", self.dtype))
+        self._store(segment_lengths=lengths, dilation_rates=rates)
+        self._check(check_dropout, "dropout")
+        self._check(check_choice, "mixing", choices=MIXINGS)
+        self._check(check_choice, "offsets", choices=OFFSETS)
+        self._check(check_choice, "ragged", choices=RAGGED)
+        self._check(check_flag, "use_tf32")
+        self._check(check_device, "device")
+        self._check(check_dtype, "dtype")
 
     @property
     def num_branches(self) -> int:
         "G, the number of pairs (w, r)."
         return len(self.segment_lengths)
 
-# %% ../nbs/00_config.ipynb #f8a20f6f
+# %% ../nbs/00_config.ipynb #4c133234
 def _heads_that_fit(embed_dim: int, num_heads: int, max_head_dim: int) -> list[int]:
     "The three valid numbers of heads for `embed_dim` that are nearest to `num_heads`."
     fits = [h for h in range(1, embed_dim // 8 + 1) if embed_dim % (8 * h) == 0 and embed_dim <= h * max_head_dim]
@@ -349,7 +364,7 @@ def _heads_that_fit(embed_dim: int, num_heads: int, max_head_dim: int) -> list[i
 
 
 def check_head_dim(embed_dim: int, num_heads: int, max_head_dim: int) -> None:
-    "`embed_dim / num_heads` must be whole, a multiple of 8 and at most `max_head_dim`."
+    "A `ValueError` unless `embed_dim / num_heads` is whole, a multiple of 8 and at most `max_head_dim`."
     head_dim, rest = divmod(embed_dim, num_heads)
     rule = "be a multiple of 8" if rest or head_dim % 8 else f"be at most max_head_dim {max_head_dim}"
     if rest or head_dim % 8 or head_dim > max_head_dim:
@@ -361,7 +376,7 @@ def check_head_dim(embed_dim: int, num_heads: int, max_head_dim: int) -> None:
 
 
 def check_kv_heads(num_heads: int, num_kv_heads: int) -> None:
-    "`num_kv_heads` must divide `num_heads`: every key/value head serves equally many query heads."
+    "A `ValueError` unless `num_kv_heads` divides `num_heads`: every key/value head serves equally many query heads."
     if num_heads % num_kv_heads:
         fits = ", ".join(str(h) for h in range(1, num_heads + 1) if num_heads % h == 0)
         raise ValueError(complaint("num_kv_heads", f"divide num_heads {num_heads}", num_kv_heads, f"use one of {fits}"))
@@ -374,23 +389,18 @@ class MultiheadConfig(Config):
     embed_dim: int  # width of the model
     num_heads: int  # of the queries; embed_dim / num_heads must be a multiple of 8
     bias: bool = True  # in the four projections
-    layer_norm: bool = True  # before the output projection (sub-LayerNorm of MAGNETO)
+    layer_norm: bool = True  # before the output projection, as in MAGNETO (arXiv:2210.06423)
     layer_norm_eps: float = 1e-5  # above 0
     gamma_init: float = 1.0  # above 0: gain of the Xavier initialisation of the value and output projections
     num_kv_heads: int | None = None  # heads of keys and values, dividing num_heads; None: as many
     max_head_dim: int = 128  # widest head; raise it to allow wider ones at the price of the fast kernels
 
     def __post_init__(self) -> None:
-        for name in ("embed_dim", "num_heads", "max_head_dim"):
-            self._store(**{name: check_int(name, getattr(self, name))})
-        for name in ("layer_norm_eps", "gamma_init"):
-            self._store(**{name: check_positive(name, getattr(self, name))})
-        check_flag("bias", self.bias)
-        check_flag("layer_norm", self.layer_norm)
+        self._check(check_int, "embed_dim", "num_heads", "num_kv_heads", "max_head_dim")
+        self._check(check_positive, "layer_norm_eps", "gamma_init")
+        self._check(check_flag, "bias", "layer_norm")
         check_head_dim(self.embed_dim, self.num_heads, self.max_head_dim)
-        if self.num_kv_heads is not None:
-            self._store(num_kv_heads=check_int("num_kv_heads", self.num_kv_heads))
-            check_kv_heads(self.num_heads, self.kv_heads)
+        check_kv_heads(self.num_heads, self.kv_heads)
 
     @property
     def head_dim(self) -> int:
@@ -402,7 +412,7 @@ class MultiheadConfig(Config):
         "Number of key/value heads, with None resolved."
         return self.num_kv_heads or self.num_heads
 
-# %% ../nbs/00_config.ipynb #78ee2b70
+# %% ../nbs/00_config.ipynb #871ed517
 @dataclass(frozen=True)
 class RingAttentionConfig(DilatedAttentionConfig):
     "Dilated attention over a sequence that is cut over the processes of a ring."
@@ -413,10 +423,8 @@ class RingAttentionConfig(DilatedAttentionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._store(block_size=check_int("block_size", self.block_size))
-        if self.ring_size is not None:
-            self._store(ring_size=check_int("ring_size", self.ring_size))
-        check_flag("use_checkpointing", self.use_checkpointing)
+        self._check(check_int, "block_size", "ring_size")
+        self._check(check_flag, "use_checkpointing")
 
 
 @dataclass(frozen=True)
@@ -430,13 +438,14 @@ class SparseAttentionConfig(DilatedAttentionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("pattern_type", self.pattern_type, SPARSE_PATTERNS)
-        if not (ratio := check_positive("sparsity_ratio", self.sparsity_ratio)) <= 1:
+        self._check(check_choice, "pattern_type", choices=SPARSE_PATTERNS)
+        self._check(check_positive, "sparsity_ratio")
+        self._check(check_int, "block_size")
+        self._check(check_flag, "enable_adaptive")
+        if (ratio := self.sparsity_ratio) > 1:
             raise ValueError(complaint("sparsity_ratio", "be at most 1", ratio, "it is the share kept; 1 keeps all"))
-        self._store(sparsity_ratio=ratio, block_size=check_int("block_size", self.block_size))
-        check_flag("enable_adaptive", self.enable_adaptive)
 
-# %% ../nbs/00_config.ipynb #090bb152
+# %% ../nbs/00_config.ipynb #fb96cf72
 @dataclass(frozen=True)
 class DistributedConfig(Config):
     "How the work is cut over processes."
@@ -452,18 +461,13 @@ class DistributedConfig(Config):
     bucket_size_mb: int = 25  # MiB of gradients that are sent together
 
     def __post_init__(self) -> None:
-        if self.world_size is not None:
-            self._store(world_size=check_int("world_size", self.world_size))
-        if self.rank is not None:
-            self._store(rank=check_int("rank", self.rank, low=0))
-            if self.world_size is None or self.rank >= self.world_size:
-                rule = f"be below world_size {self.world_size}"
-                raise ValueError(complaint("rank", rule, self.rank, "give both, or neither to take the launcher's"))
-        check_choice("backend", self.backend, DISTRIBUTED_BACKENDS)
-        for field in dataclasses.fields(self):
-            if isinstance(field.default, bool):
-                check_flag(field.name, getattr(self, field.name))
-        self._store(bucket_size_mb=check_int("bucket_size_mb", self.bucket_size_mb))
+        self._check(check_int, "world_size", "bucket_size_mb")
+        self._check(check_int, "rank", low=0)
+        self._check(check_choice, "backend", choices=DISTRIBUTED_BACKENDS)
+        self._check(check_flag, *(f.name for f in dataclasses.fields(self) if isinstance(f.default, bool)))
+        if self.rank is not None and (self.world_size is None or self.rank >= self.world_size):
+            rule = f"be below world_size {self.world_size}"
+            raise ValueError(complaint("rank", rule, self.rank, "give both, or neither to take the launcher's"))
 
 
 @dataclass(frozen=True)
@@ -478,11 +482,10 @@ class MemoryPoolConfig(Config):
     eviction_policy: str = "lru"  # which goes first: the least recently ("lru") or frequently ("lfu") used
 
     def __post_init__(self) -> None:
-        for name, low in (("max_pool_size", 1), ("hot_cache_size", 0), ("cleanup_threshold", 1)):
-            self._store(**{name: check_int(name, getattr(self, name), low=low)})
+        self._check(check_int, "max_pool_size", "cleanup_threshold")
+        self._check(check_int, "hot_cache_size", low=0)
+        self._check(check_flag, "enable_adaptive_cleanup", "enable_pinned_memory")
+        self._check(check_choice, "eviction_policy", choices=EVICTION_POLICIES)
         if self.hot_cache_size > self.max_pool_size:
             rule = f"be at most max_pool_size {self.max_pool_size}"
             raise ValueError(complaint("hot_cache_size", rule, self.hot_cache_size, "lower it or raise max_pool_size"))
-        check_flag("enable_adaptive_cleanup", self.enable_adaptive_cleanup)
-        check_flag("enable_pinned_memory", self.enable_pinned_memory)
-        check_choice("eviction_policy", self.eviction_policy, EVICTION_POLICIES)

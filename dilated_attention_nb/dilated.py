@@ -81,12 +81,12 @@ def attend_tile(
         scatter(l, lse, piece)
     return out, lse
 
-# %% ../nbs/06_dilated.ipynb #1971aa3e
+# %% ../nbs/06_dilated.ipynb #6e28bceb
 class DilatedAttention(nn.Module):
     """Dilated attention in the most direct form: gather, attend, scatter, merge; differentiated by autograd.
 
     Equal to `ImprovedDilatedAttention`, slower, and it keeps intermediate results for the backward pass. No parameters.
-    LongNet, Ding et al. 2023, arXiv:2307.02486, section 2.2.
+    LongNet, Ding et al. 2023, arXiv:2307.02486, eqs. 3 to 10 and, for the heads, 13 to 15.
     """
 
     def __init__(self, config: DilatedAttentionConfig, backend: str = "auto") -> None:

@@ -18,17 +18,17 @@ from torch import Tensor
 
 from .config import MIXINGS, OFFSETS, check_choice, check_heads
 
-# %% ../nbs/04_masking.ipynb #1b4b0d77
+# %% ../nbs/04_masking.ipynb #9e1e556a
 def causal_mask(
     nq: int,  # queries, the last of the nk positions
     nk: int,  # keys
     device: torch.device | None = None,
 ) -> Bool[Tensor, "nq nk"]:  # True where the query sees the key
-    "Query `i` of the last `nq` positions sees key `j` when `j <= i + nk - nq`."
+    "Query `i` of `nq`, which are the last of `nk` positions, sees key `j` when `j <= i + nk - nq`."
     queries = torch.arange(nk - nq, nk, device=device)
     return queries[:, None] >= torch.arange(nk, device=device)
 
-# %% ../nbs/04_masking.ipynb #eaa44bb2
+# %% ../nbs/04_masking.ipynb #f2084ed1
 def branch_mask(
     nq: int,  # queries, the last of the nk positions
     nk: int,  # keys
@@ -37,7 +37,10 @@ def branch_mask(
     s: int,  # offset, 0 <= s < r
     is_causal: bool = False,
 ) -> Bool[Tensor, "nq nk"]:
-    "Who sees whom in one branch (LongNet, Ding et al. 2023, arXiv:2307.02486, section 2.2)."
+    """Which query sees which key in one branch; the row of a query off the grid is all False.
+
+    LongNet, Ding et al. 2023, arXiv:2307.02486, eqs. 3 to 5, with the offset of eqs. 13 to 15 inside the segment.
+    """
     i, j = torch.arange(nk - nq, nk)[:, None], torch.arange(nk)
     mask = (i // w == j // w) & ((i % w) % r == s) & ((j % w) % r == s)
     return mask & (j <= i) if is_causal else mask
@@ -49,7 +52,7 @@ def head_groups(num_heads: int, num_branches: int) -> tuple[range, ...]:
     starts = [g * size + min(g, extra) for g in range(num_branches + 1)]
     return tuple(range(a, b) for a, b in zip(starts, starts[1:]))
 
-# %% ../nbs/04_masking.ipynb #f8c86c6b
+# %% ../nbs/04_masking.ipynb #296f7af5
 def branch_heads(
     num_heads: int,
     branch: int,  # g, 0 <= g < len(dilation_rates)
@@ -57,7 +60,11 @@ def branch_heads(
     mixing: str = "groups",
     offsets: str = "blocked",
 ) -> tuple[tuple[range, int], ...]:  # (heads, offset) pairs
-    "The heads that take a branch, collected by their offset (LongNet, section 2.2)."
+    """The heads that take a branch, collected by their offset.
+
+    Raises `ValueError` for unknown options and for fewer heads than branches in groups mixing.
+    LongNet, Ding et al. 2023, arXiv:2307.02486, section 2.3.
+    """
     check_choice("mixing", mixing, MIXINGS)
     check_choice("offsets", offsets, OFFSETS)
     check_heads(num_heads, len(dilation_rates), mixing)
@@ -88,10 +95,10 @@ def attention_counts(
             counts[list(heads)] += branch_mask(nq, nk, w, r, s, is_causal)
     return counts
 
-# %% ../nbs/04_masking.ipynb #bccc7d85
+# %% ../nbs/04_masking.ipynb #f55425c3
 @dataclass(frozen=True)
 class Grid:
-    "The tokens `start + g * segment_length + offset + j * rate`, for each of `segments` segments."
+    "The tokens `start + g * segment_length + offset + j * rate` for `0 <= g < segments`, inside their segment."
 
     start: int  # where the first segment begins
     segments: int
@@ -200,12 +207,15 @@ class Tile:
             ]
             yield replace(self, pieces=tuple(cut))
 
-# %% ../nbs/04_masking.ipynb #867db6b5
+# %% ../nbs/04_masking.ipynb #cf80e741
 def kv_runs(
     heads: range,  # of the queries
     repeat: int,  # query heads per key/value head
 ) -> Iterator[tuple[range, range]]:  # (query heads, their key/value heads: as many, or one for all)
-    "Heads in runs that one kernel call can serve (GQA, Ainslie et al. 2023, arXiv:2305.13245)."
+    """Heads in runs that read the same key/value heads, for one piece each.
+
+    GQA, Ainslie et al. 2023, arXiv:2305.13245.
+    """
     if repeat == 1:
         yield heads, heads
         return
@@ -213,7 +223,7 @@ def kv_runs(
         members = list(run)
         yield range(members[0], members[-1] + 1, heads.step), range(kv, kv + 1)
 
-# %% ../nbs/04_masking.ipynb #7aa67845
+# %% ../nbs/04_masking.ipynb #f84b9d53
 @lru_cache(maxsize=512)
 def tiles(
     nq: int,  # queries, the last of the nk positions
@@ -228,7 +238,10 @@ def tiles(
     first: int = 0,  # first kv head of the portion of heads
     last: int | None = None,  # end of the portion, None: all heads
 ) -> tuple[Tile, ...]:
-    "What to compute for some heads, small dilation rates first. Causality is the kernel's business: it adds no tile."
+    """What to compute for some heads, small dilation rates first. Causality is the kernel's business: it adds no tile.
+
+    With `zeros` a tile says how many keys of zero each of its rows meets. Raises what `branch_heads` raises.
+    """
     repeat = num_heads // kv_heads
     low, high = first * repeat, num_heads if last is None else last * repeat
     found: dict[tuple[int, ...], list[Piece]] = {}
@@ -253,5 +266,5 @@ def _cut(heads: range, low: int) -> slice:
 
 
 def clipped(segment_lengths: tuple[int, ...], n: int) -> tuple[int, ...]:
-    "Segments that are longer than the sequence are the sequence."
+    "The segment lengths `min(w, n)`: a segment longer than the sequence is the sequence."
     return tuple(min(w, n) for w in segment_lengths)

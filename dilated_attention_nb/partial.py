@@ -24,7 +24,7 @@ from torch.nn.functional import pad, softplus
 from .config import BACKENDS, check_choice, check_flag, check_qkv, check_scale, complaint
 from .masking import causal_mask
 
-# %% ../nbs/05_partial.ipynb #8431287e
+# %% ../nbs/05_partial.ipynb #138e0402
 def merge(
     out_a: Float[Tensor, "*batch d"],
     lse_a: Float[Tensor, "*batch"],
@@ -33,7 +33,8 @@ def merge(
 ) -> tuple[Float[Tensor, "*batch d"], Float[Tensor, "*batch"]]:
     """Two attentions over two sets of keys become the attention over both; differentiable.
 
-    Associative, commutative, with neutral element `(0, -inf)`; a key in both sets counts twice.
+    `lse` is a natural logarithm in float32 or wider; the outputs share a dtype. Associative, commutative, with neutral
+    element `(0, -inf)`; a key in both sets counts twice.
     FlashAttention, Dao et al. 2022, arXiv:2205.14135, section 3.1; Ring Attention, arXiv:2310.01889.
     """
     only_b = torch.where(lse_b == -inf, -inf, inf)
@@ -56,7 +57,7 @@ def merge_(out: Tensor, lse: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
     "`merge` into `out` and `lse` themselves, which may be views; not for tensors that need a gradient."
     out.lerp_(out_b, merge_lse_(lse, lse_b).to(out.dtype))
 
-# %% ../nbs/05_partial.ipynb #a97bff14
+# %% ../nbs/05_partial.ipynb #c62aecf4
 _MATH_SCORES = 2**24  # at most 64 MiB of float32 scores at a time
 
 
@@ -80,10 +81,8 @@ def _scores(q: Tensor, k: Tensor, bias: Tensor | None, is_causal: bool, scale: f
     if bias is not None:
         s = s + bias.to(wide)
     if is_causal:
-        past = k.shape[2] - q.shape[2]
-        seen = causal_mask(
-            s.shape[2], past + rows.start + s.shape[2], q.device
-        )  # later keys are hidden from all of these
+        last = k.shape[2] - q.shape[2] + rows.start + s.shape[2]  # later keys are hidden from all of these rows
+        seen = causal_mask(s.shape[2], last, q.device)
         s = s.masked_fill(~pad(seen, (0, s.shape[3] - seen.shape[1])), -inf)
     return s
 
@@ -96,7 +95,7 @@ def math_forward(
     is_causal: bool,
     scale: float,
 ) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b h n"]]:
-    "Attention in plain torch operations, with its lse."
+    "Attention in plain torch operations, with its natural-log lse in float32 or wider."
     outs, lses = [], []
     with _no_autocast(q):
         for rows in _row_blocks(q, k):
@@ -136,13 +135,14 @@ def math_backward(
             dv += p.transpose(2, 3) @ do
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
-# %% ../nbs/05_partial.ipynb #e0ed25a8
+# %% ../nbs/05_partial.ipynb #0bd378f2
 _aten = torch.ops.aten
+_Bias = Tensor | None  # added to the scores, [b, 1, 1, keys]: 0 or -inf
+_Pair = tuple[Tensor, Tensor]  # out and lse
+_Grads = tuple[Tensor, Tensor, Tensor]  # dq, dk, dv
 
 
-def flash_forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def flash_forward(q: Tensor, k: Tensor, v: Tensor, bias: _Bias, causal: bool, scale: float) -> _Pair:
     "The FlashAttention that PyTorch bundles, on CPU and CUDA."
     if q.device.type == "cpu":
         return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
@@ -150,16 +150,8 @@ def flash_forward(
 
 
 def flash_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    bias: Tensor | None,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: _Bias, causal: bool, scale: float
+) -> _Grads:
     if q.device.type == "cpu":
         backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward
         return backward(dout, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale)
@@ -177,9 +169,7 @@ def _efficient_bias(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     return rows.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
 
 
-def efficient_forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def efficient_forward(q: Tensor, k: Tensor, v: Tensor, bias: _Bias, causal: bool, scale: float) -> _Pair:
     "The memory-efficient kernel that came from xformers, on CUDA."
     attend = _aten._scaled_dot_product_efficient_attention
     out, lse, _, _ = attend(q, k, v, _efficient_bias(bias, q, k), True, 0.0, causal, scale=scale)
@@ -187,16 +177,8 @@ def efficient_forward(
 
 
 def efficient_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    bias: Tensor | None,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: _Bias, causal: bool, scale: float
+) -> _Grads:
     seed = torch.empty((), dtype=torch.int64, device=q.device)  # of a dropout that is off
     lse, bias = pad(lse, (0, -lse.shape[2] % 32), value=inf), _efficient_bias(bias, q, k)
     wanted = [True, True, True, False]
@@ -205,49 +187,23 @@ def efficient_backward(
     )[:3]
 
 
-def cudnn_forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def cudnn_forward(q: Tensor, k: Tensor, v: Tensor, bias: _Bias, causal: bool, scale: float) -> _Pair:
     "cuDNN's fused attention."
     out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(q, k, v, bias, True, 0.0, causal, False, scale=scale)
     return out, lse.reshape(q.shape[:3])
 
 
 def cudnn_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    bias: Tensor | None,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: _Bias, causal: bool, scale: float
+) -> _Grads:
     seed = torch.empty((), dtype=torch.int64, device=q.device)  # of a dropout that is off
+    options = (seed, seed, bias, None, None, q.shape[2], k.shape[2], 0.0, causal)
     return _aten._scaled_dot_product_cudnn_attention_backward(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        lse.unsqueeze(-1),
-        seed,
-        seed,
-        bias,
-        None,
-        None,
-        q.shape[2],
-        k.shape[2],
-        0.0,
-        causal,
-        scale=scale,
+        dout, q, k, v, out, lse.unsqueeze(-1), *options, scale=scale
     )
 
 
-def flash_attn_forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def flash_attn_forward(q: Tensor, k: Tensor, v: Tensor, bias: _Bias, causal: bool, scale: float) -> _Pair:
     "The Dao-AILab package, if it is installed."
     from flash_attn.flash_attn_interface import _flash_attn_forward
 
@@ -257,16 +213,8 @@ def flash_attn_forward(
 
 
 def flash_attn_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    bias: Tensor | None,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: _Bias, causal: bool, scale: float
+) -> _Grads:
     from flash_attn.flash_attn_interface import _flash_attn_backward
 
     dout, q, k, v, out = (x.transpose(1, 2).contiguous() for x in (dout, q, k, v, out))
@@ -275,7 +223,7 @@ def flash_attn_backward(
     _flash_attn_backward(dout, q, k, v, out, lse.contiguous(), dq, dk, dv, *options)
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
-# %% ../nbs/05_partial.ipynb #110d1727
+# %% ../nbs/05_partial.ipynb #36312f2b
 _log = logging.getLogger("dilated_attention_nb")
 
 
@@ -344,7 +292,7 @@ def available_backends(
     head_dim: int = 64,
     masked: bool = False,  # with a key padding mask
 ) -> dict[str, str | None]:
-    "For every backend None if it can be had here for such tensors, else the reason why not."
+    "For every backend but 'auto': None if it can be had here for such tensors, else the reason why not."
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return {name: kernel.obstacle(place, dtype, head_dim, masked) for name, kernel in KERNELS.items()}
 
@@ -475,7 +423,7 @@ def cast_like_autocast(*tensors: Any) -> tuple[Any, ...]:
     dtype, half = torch.get_autocast_dtype(device), (torch.float16, torch.bfloat16, torch.float32)
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in half else x for x in tensors)
 
-# %% ../nbs/05_partial.ipynb #2d04682d
+# %% ../nbs/05_partial.ipynb #acc00f04
 class _Attend(torch.autograd.Function):
     "A fused kernel, differentiable in out and lse."
 
@@ -515,7 +463,7 @@ def attend(
 
     Causal queries are the last `n` of the `m` positions. A row without keys is `(0, -inf)`. Fewer key/value heads must
     divide the query heads. Raises `ValueError` or `TypeError` for bad input or a backend that can't be had (why).
-    FlashAttention-2, Dao 2023, arXiv:2307.08691, eq. 4 to 6.
+    FlashAttention-2, Dao 2023, arXiv:2307.08691.
     """
     q, k, v = cast_like_autocast(q, k, v)
     check_flag("is_causal", is_causal)

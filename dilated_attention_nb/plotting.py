@@ -72,6 +72,11 @@ def _styled(draw: Callable[_P, _T]) -> Callable[_P, _T]:
     return wrapped
 
 
+def _light(color: str) -> np.ndarray:
+    "The amounts of red, green and blue light of a colour, from its sRGB values."
+    return np.array([c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)])
+
+
 def _new_axes(ax: Axes | None, width: float, height: float) -> Axes:
     "`ax`, or the axes of a new figure of that size in inches (cut to 5.9 x 4)."
     if ax is None:
@@ -118,7 +123,10 @@ def _token_ticks(ax: Axes, rows: int, cols: int) -> None:
 
 @_styled
 def plot_mask(mask: Any, ax: Axes | None = None, title: str = "", color: str = PALETTE[0], digits: int = 16) -> Axes:
-    "One mask or count `[queries, keys]` as a grid of cells, with its digits up to that many tokens."
+    """One mask or count `[queries, keys]` as a grid of cells, with its digits up to that many tokens.
+
+    Without `ax` a new figure of at most 2.9 inches. Raises `ValueError` for any other number of dimensions.
+    """
     counts = _to_array(mask).astype(int)
     if counts.ndim != 2:
         raise ValueError(complaint("mask", "be [queries, keys]", counts.shape, "plot_masks draws one for each head"))
@@ -136,14 +144,17 @@ def plot_mask(mask: Any, ax: Axes | None = None, title: str = "", color: str = P
 # %% ../nbs/02_plotting.ipynb #5a79a303
 @_styled
 def plot_masks(masks: Any, titles: Sequence[str] = (), colors: Sequence[str] = PALETTE, columns: int = 4) -> Figure:
-    "Masks or counts `[heads, queries, keys]` side by side, `columns` to a row, each in the next of `colors`."
+    """Masks or counts `[heads, queries, keys]` side by side, `columns` to a row, each in the next of `colors`.
+
+    Without `titles` they are head 0, head 1, ... Raises `ValueError` if there is none.
+    """
     grids = [_to_array(mask) for mask in masks]
     if not grids:
         raise ValueError(complaint("masks", "have a mask for each head", "none", "pass at least one"))
     columns = min(columns, len(grids))
     rows = -(-len(grids) // columns)
-    side = min(2.9, 5.9 / columns)
-    size = (columns * side, min(4.0, rows * side + 0.3))
+    side = min(2.9, 5.9 / columns, 3.7 / rows)
+    size = (columns * side, rows * side + 0.3)
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     for i, ax in enumerate(axes.flat):
         if i >= len(grids):
@@ -151,12 +162,16 @@ def plot_masks(masks: Any, titles: Sequence[str] = (), colors: Sequence[str] = P
             continue
         title = titles[i] if i < len(titles) else f"head {i}"
         plot_mask(grids[i], ax, title, colors[i % len(colors)], digits=8 if columns > 2 else 12)
-        ax.label_outer()
+        if len({grid.shape for grid in grids}) == 1:  # else every mask needs its own token numbers
+            ax.label_outer()
     return figure
 
 # %% ../nbs/02_plotting.ipynb #8e260afc
 def head_branches(config: DilatedAttentionConfig, num_heads: int) -> list[list[tuple[int, int]]]:
-    "For each head its pairs (branch, offset), dealt out one head at a time."
+    """For each head its pairs (branch, offset), dealt out one head at a time; both count from 0.
+
+    Raises `ValueError` if groups mixing has fewer heads than branches.
+    """
     rates, count = config.dilation_rates, config.num_branches
     check_heads(check_int("num_heads", num_heads), count, config.mixing)
     if config.mixing == "groups":
@@ -169,7 +184,10 @@ def head_branches(config: DilatedAttentionConfig, num_heads: int) -> list[list[t
 
 @_styled
 def plot_branches(config: DilatedAttentionConfig, n: int, num_heads: int, ax: Axes | None = None) -> Axes:
-    "One row for each head: its segments as boxes, the tokens on its grids in the colour of the branch."
+    """One row for each head: its segments as boxes, the tokens on its grids in the colour of the branch.
+
+    `n` tokens, any number. Raises `ValueError` if groups mixing has fewer heads than branches.
+    """
     heads = head_branches(config, num_heads)
     ax = _new_axes(ax, 5.9, 0.9 + 0.14 * sum(map(len, heads)) + 0.08 * num_heads)
     for h, branches in enumerate(heads):
@@ -192,7 +210,7 @@ def plot_branches(config: DilatedAttentionConfig, n: int, num_heads: int, ax: Ax
 
 # %% ../nbs/02_plotting.ipynb #5c99c5de
 def pattern_codes(config: DilatedAttentionConfig, n: int, is_causal: bool, head: int, num_heads: int) -> np.ndarray:
-    "For each cell 1 + the number of the branch or 0, a grid for each branch of the head: `[branches, n, n]`."
+    "For each cell of `[branches, n, n]` 1 + the number of the branch where that lets the head see the key, else 0."
     grids = []
     for g, offset in head_branches(config, num_heads)[head]:
         mask = naive_mask(n, config.segment_lengths[g], config.dilation_rates[g], offset, is_causal)
@@ -215,7 +233,10 @@ def _every(r: int) -> str:
 def plot_patterns(
     config: DilatedAttentionConfig, n: int = 32, is_causal: bool = True, head: int = 0, num_heads: int = 4
 ) -> Figure:
-    "Each branch of a head in a small panel, their union in a large one; what is in the future stays white."
+    """Each branch of a head in a small panel, their union in a large one; what is in the future stays white.
+
+    Legible up to some 64 tokens. Raises `ValueError` if groups mixing has fewer heads than branches.
+    """
     codes = pattern_codes(config, n, is_causal, head, num_heads)
     future = np.triu(np.full((n, n), is_causal), 1)
     figure = plt.figure(figsize=(5.9, 4.0), layout="constrained")
@@ -240,7 +261,10 @@ def plot_patterns(
 
 # %% ../nbs/02_plotting.ipynb #9e948cb8
 def reached(mask: Any, token: int, layers: int) -> np.ndarray:
-    "Which inputs influence `token` after 0 ... `layers` layers, bool `[layers + 1, n]`; mask `[n, n]` or `[h, n, n]`."
+    """Which inputs influence `token` after 0 ... `layers` layers, bool `[layers + 1, n]`; mask `[n, n]` or `[h, n, n]`.
+
+    Raises `ValueError` for a token outside of 0 ... n - 1.
+    """
     masks = _to_array(mask).astype(bool)
     steps = np.logical_or.reduce(masks.reshape(-1, *masks.shape[-2:]), axis=0)
     if not 0 <= token < len(steps):
@@ -253,7 +277,7 @@ def reached(mask: Any, token: int, layers: int) -> np.ndarray:
 
 @_styled
 def plot_reach(mask: Any, token: int, layers: int = 3, ax: Axes | None = None) -> Axes:
-    "The inputs that influence `token`, a row for each number of layers passed."
+    "What `reached` finds, a row for each number of layers passed; raises what it raises."
     rows = reached(mask, token, layers)
     ax = _new_axes(ax, 5.9, 0.9 + 0.25 * len(rows))
     _draw_cells(ax, rows.astype(int) * np.arange(1, len(rows) + 1)[:, None], [INK, *PALETTE] * len(rows))
@@ -268,7 +292,10 @@ def plot_reach(mask: Any, token: int, layers: int = 3, ax: Axes | None = None) -
 # %% ../nbs/02_plotting.ipynb #ae1a10e6
 @_styled
 def plot_schedule(rows: Iterable[tuple[int, int, str]], ax: Axes | None = None, title: str = "") -> Axes:
-    "A timetable from rows `(rank, step, label)`: a line for each rank, a cell for each step, pale where it idles."
+    """A timetable from rows `(rank, step, label)`: a line for each rank, a cell for each step, pale where it idles.
+
+    Ranks and steps count from 0. Raises `ValueError` without rows.
+    """
     cells = {(rank, step): label for rank, step, label in rows}
     if not cells:
         raise ValueError(complaint("rows", "be (rank, step, label)", "none", "pass at least one"))
@@ -292,8 +319,7 @@ def plot_schedule(rows: Iterable[tuple[int, int, str]], ax: Axes | None = None, 
 
 def _readable(background: str) -> str:
     "Black or white, whichever has more contrast on `background`."
-    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(background))
-    return "black" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else "white"
+    return "black" if np.dot(_light(background), (0.2126, 0.7152, 0.0722)) > 0.179 else "white"
 
 # %% ../nbs/02_plotting.ipynb #0f7238cb
 ORIGIN = ("device", "dtype", "threads", "date")
@@ -334,7 +360,10 @@ def plot_curves(
     log: bool = True,  # is the y axis logarithmic? The x axis is
     ax: Axes | None = None,
 ) -> Axes:
-    "`y` (divided by `per`) over `x`, a curve for each value of `by`, with the caption that says where it was measured."
+    """`y` (divided by `per`) over `x`, a curve for each value of `by`, and a caption that says where it was measured.
+
+    Raises `ValueError`, as `caption` does, for a record without its origin.
+    """
     ax = _new_axes(ax, 5.0, 3.4)
     for i, name in enumerate(dict.fromkeys(record[by] for record in records)):
         line = sorted((r[x], r[y] / (r[per] if per else 1)) for r in records if r[by] == name)
@@ -355,7 +384,7 @@ def plot_curves(
 
 # %% ../nbs/02_plotting.ipynb #b0293c31
 def smoothed(values: Sequence[float], beta: float) -> list[float]:
-    "The exponential mean of `values`, each divided by the sum of its weights; `beta` 0 changes nothing."
+    "The exponential mean of `values`, each divided by the sum of its weights; `beta` in [0, 1), 0 changes nothing."
     total, weight, means = 0.0, 0.0, []
     for value in values:
         total, weight = beta * total + (1 - beta) * value, beta * weight + (1 - beta)
@@ -373,7 +402,10 @@ def plot_training(
     ylabel: str = "",
     ax: Axes | None = None,
 ) -> Axes:
-    "Curves of training: each value faint, the exponential mean strong; up to 40 values are drawn as they are."
+    """Curves of training: each value faint, the exponential mean strong; up to 40 values are drawn as they are.
+
+    Raises `ValueError` for a field that no row has.
+    """
     ax = _new_axes(ax, 5.0, 3.2)
     for i, name in enumerate(y):
         points = [(row[x], row[name]) for row in rows if row.get(name) is not None]
@@ -395,7 +427,7 @@ def plot_training(
 
 # %% ../nbs/02_plotting.ipynb #8f868721
 def save_figure(drawn: Figure | Axes, path: str | os.PathLike[str]) -> None:
-    "Write a figure, or the one that these axes stand in, as PNG to `path`, and close it."
+    "Write a figure, or the one that these axes stand in, as PNG to `path`, and close it; `TypeError` for neither."
     figure = drawn if isinstance(drawn, Figure) else drawn.get_figure(root=True)
     if not isinstance(figure, Figure):
         raise TypeError(

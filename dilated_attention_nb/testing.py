@@ -8,7 +8,7 @@ __all__ = ['attends', 'branches_of_head', 'oracle_counts', 'oracle_attention', '
            'attention_cases', 'SavedTensors', 'saved_for_backward', 'PeakMemory', 'peak_memory', 'demo_fill',
            'spawn_gloo', 'demo_ring', 'demo_failure']
 
-# %% ../nbs/01_testing.ipynb #315f2e7b
+# %% ../nbs/01_testing.ipynb #bf11797e
 import faulthandler
 import os
 import pickle
@@ -32,7 +32,6 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-# %% ../nbs/01_testing.ipynb #4cea0ecb
 from dilated_attention_nb.config import (
     MIXINGS,
     OFFSETS,
@@ -55,12 +54,12 @@ def attends(
     s: int,  # offset, 0 <= s < r
     is_causal: bool = False,
 ) -> bool:
-    "Whether query `i` sees key `j` in one branch (LongNet, Ding et al. 2023, arXiv:2307.02486, eqs. 3 to 5)."
+    "Whether query `i` sees key `j` in one branch (LongNet, Ding et al. 2023, arXiv:2307.02486, eqs. 3 to 5, 13 to 15)."
     same_segment = i // w == j // w
     on_grid = (i % w) % r == s and (j % w) % r == s
     return same_segment and on_grid and (j <= i or not is_causal)
 
-# %% ../nbs/01_testing.ipynb #8f47e934
+# %% ../nbs/01_testing.ipynb #b92c544a
 def branches_of_head(
     head: int,  # 0 <= head < num_heads
     num_heads: int,
@@ -68,7 +67,7 @@ def branches_of_head(
     mixing: str = "groups",
     offsets: str = "blocked",
 ) -> list[tuple[int, int]]:  # (branch, offset) of each branch that the head takes
-    "The branches a head takes, each with the head's offset in it (LongNet, arXiv:2307.02486, section 2.3)."
+    "The branches a head takes, each with the head's offset in it (LongNet, arXiv:2307.02486, sections 2.2 and 2.3)."
     if mixing == "groups":
         num_groups = len(dilation_rates)
         sizes = [num_heads // num_groups + (g < num_heads % num_groups) for g in range(num_groups)]
@@ -78,7 +77,7 @@ def branches_of_head(
         return [(g, head // ceil(num_heads / r)) for g, r in enumerate(dilation_rates)]
     return [(g, head % r) for g, r in enumerate(dilation_rates)]
 
-# %% ../nbs/01_testing.ipynb #3ce169c1
+# %% ../nbs/01_testing.ipynb #25d5f2f3
 @lru_cache(maxsize=128)
 def _branch_mask(nq: int, nk: int, w: int, r: int, s: int, is_causal: bool) -> Bool[Tensor, "nq nk"]:
     "`attends` for every pair; the queries are the last `nq` positions."
@@ -105,17 +104,15 @@ def oracle_counts(
     offsets: str = "blocked",
     ragged: str = "error",
 ) -> tuple[Int[Tensor, "h nq nk"], Int[Tensor, "h nq"]]:  # (counts, zeros)
-    """How often each key enters each query's softmax, and how many zero keys do (arXiv:2307.02486, section 2).
+    """How often each key enters each query's softmax, and how many zero keys do.
 
     Raises `ValueError` or `TypeError` for options that no path accepts, and for `nq > nk`.
+    LongNet, arXiv:2307.02486, sections 2.2 and 2.3.
     """
     segment_lengths, dilation_rates = check_branches(segment_lengths, dilation_rates)
-    for name, value, choices in (
-        ("mixing", mixing, MIXINGS),
-        ("offsets", offsets, OFFSETS),
-        ("ragged", ragged, RAGGED),
-    ):
-        check_choice(name, value, choices)
+    check_choice("mixing", mixing, MIXINGS)
+    check_choice("offsets", offsets, OFFSETS)
+    check_choice("ragged", ragged, RAGGED)
     check_heads(check_int("num_heads", num_heads), len(segment_lengths), mixing)
     check_length(check_int("nk", nk, low=check_int("nq", nq)), segment_lengths, ragged)
     counts = torch.zeros(num_heads, nq, nk, dtype=torch.int64)
@@ -128,7 +125,7 @@ def oracle_counts(
                 zeros[head] += _branch_zeros(nq, nk, w, r, s)
     return counts, zeros
 
-# %% ../nbs/01_testing.ipynb #9ca7624a
+# %% ../nbs/01_testing.ipynb #ef764790
 def _joint_softmax(
     logits: Float[Tensor, "b h nq nk"], counts: Int[Tensor, "b h nq nk"], zeros: Int[Tensor, "h nq"]
 ) -> tuple[Float[Tensor, "b h nq nk"], Float[Tensor, "b h nq"]]:
@@ -136,16 +133,16 @@ def _joint_softmax(
     logits = logits.masked_fill(counts == 0, float("-inf"))
     fill = zeros[None, :, :, None]
     peak = logits.detach().amax(-1, keepdim=True)
-    peak = torch.where(fill > 0, peak.clamp(min=0.0), peak)
-    peak = peak.masked_fill(peak == float("-inf"), 0.0)
+    peak = torch.where(fill > 0, peak.clamp(min=0.0), peak)  # the logit of a zero key is 0
+    peak = peak.masked_fill(peak == float("-inf"), 0.0)  # a row without keys
     terms = counts * torch.exp(logits - peak)
-    total = terms.sum(-1, keepdim=True) + fill * torch.exp(-peak.clamp(min=0.0))
+    total = terms.sum(-1, keepdim=True) + fill * torch.exp(-peak.clamp(min=0.0))  # clamped where fill is 0: 0 * inf
     empty = total == 0
     safe = total.masked_fill(empty, 1.0)
     lse = (peak + safe.log()).masked_fill(empty, float("-inf"))
     return terms / safe, lse.squeeze(-1)
 
-# %% ../nbs/01_testing.ipynb #8cd987ac
+# %% ../nbs/01_testing.ipynb #9ca7624a
 def _unpadded(
     counts: Int[Tensor, "h nq nk"], key_padding_mask: Bool[Tensor, "b nk"] | None
 ) -> Int[Tensor, "b h nq nk"]:
@@ -174,10 +171,11 @@ def oracle_attention(
     key_padding_mask: Bool[Tensor, "b nk"] | None = None,  # True is padding
     scale: float | None = None,  # None is d ** -0.5
 ) -> tuple[Float[Tensor, "b nq h d"], Float[Tensor, "b nq h"]]:  # (out, natural-log lse), float64 on the CPU
-    """Dilated attention by definition: one dense float64 softmax per head (arXiv:2307.02486, eqs. 9 and 10).
+    """Dilated attention by definition: one dense float64 softmax per head, differentiable.
 
-    Differentiable. Rows without keys: out 0, lse -inf, gradient 0. `mixing="groups"` divides out by the number of
-    branches, as the public functions do; lse is that of the one branch. Raises what `check_qkv` and `oracle_counts` do.
+    The queries are the last `nq` of `nk` positions. Rows without keys: out 0, lse -inf, gradient 0. `mixing="groups"`
+    divides out by the number of branches, as the public functions do; lse is that of the one branch.
+    Raises what `check_qkv` and `oracle_counts` do. LongNet, Ding et al. 2023, arXiv:2307.02486, eqs. 9 and 10.
     """
     check_qkv(q, k, v, key_padding_mask)
     options: dict[str, Any] = dict(is_causal=is_causal, mixing=mixing, offsets=offsets, ragged=ragged)
@@ -189,7 +187,7 @@ def oracle_attention(
     out = torch.einsum("bhij,bjhd->bihd", weights, v)
     return out / (len(segment_lengths) if mixing == "groups" else 1), rearrange(lse, "b h i -> b i h")
 
-# %% ../nbs/01_testing.ipynb #8752bada
+
 def make_qkv(
     b: int = 1,
     n: int = 32,  # queries
@@ -231,7 +229,7 @@ def plain_attention(
     weights = torch.softmax(logits.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
     return torch.einsum("bhij,bjhd->bihd", weights[..., :-1], v) / divisor
 
-# %% ../nbs/01_testing.ipynb #cd13532f
+# %% ../nbs/01_testing.ipynb #cb6687e0
 def error_budget(
     reference: Float[Tensor, "..."],  # float64
     plain: Float[Tensor, "..."],  # the same computed plainly, in the dtype under test
@@ -251,7 +249,7 @@ def _rounding(dtype: torch.dtype, terms: int) -> float:
     sums = torch.float64 if dtype == torch.float64 else torch.float32
     return 1.5 * torch.finfo(dtype).eps + terms**0.5 / 2 * torch.finfo(sums).eps
 
-# %% ../nbs/01_testing.ipynb #d5c9c74a
+
 def assert_within_budget(
     actual: Float[Tensor, "..."],
     reference: Float[Tensor, "..."],
@@ -276,7 +274,7 @@ def assert_within_budget(
         )
     return float(ratio[at])
 
-# %% ../nbs/01_testing.ipynb #b39398ca
+# %% ../nbs/01_testing.ipynb #9977ba54
 def _magnitudes(
     q: Tensor,
     k: Tensor,
@@ -300,7 +298,7 @@ def _magnitudes(
     dk, dv = (x.unflatten(2, (hk, -1)).sum(3) for x in (dk, dv))
     return {"out": out / divisor, "dq": torch.einsum("bhij,bjhd->bihd", ds, k), "dk": dk, "dv": dv}
 
-# %% ../nbs/01_testing.ipynb #15c5a315
+
 def _run(fn: Callable[..., Tensor], inputs: list[Tensor], dout: Tensor | None) -> dict[str, Tensor]:
     "`out` of fn and, with `dout`, the gradients of `(out * dout).sum()`."
     leaves = [x.detach().requires_grad_(dout is not None) for x in inputs]
@@ -325,9 +323,9 @@ def check_against_oracle(
     scale: float | None = None,
     **options: Any,  # is_causal, mixing, offsets, ragged
 ) -> dict[str, float]:  # the largest error / budget of out, dq, dk, dv: at most 1
-    """Hold `fn(q, k, v)` and its gradients against the float64 oracle.
+    """Hold `fn(q, k, v)` and its gradients against the float64 oracle, within `error_budget`.
 
-    Raises `AssertionError` saying which, where, got and allowed.
+    Raises `AssertionError` saying which, where, got and allowed, and what `oracle_attention` raises.
     """
     mask = None if key_padding_mask is None else key_padding_mask.cpu()
     counts, zeros = oracle_counts(q.shape[1], k.shape[1], q.shape[2], segment_lengths, dilation_rates, **options)
@@ -348,7 +346,7 @@ def check_against_oracle(
     size, terms = _magnitudes(q, k, v, dout, seen, zeros, divisor, factor), sum(q.shape[1:]) + k.shape[1]
     return {name: assert_within_budget(got[name], exact[name], near[name], size[name], terms, name) for name in exact}
 
-# %% ../nbs/01_testing.ipynb #ac601bce
+# %% ../nbs/01_testing.ipynb #3fe8826f
 def assert_causal(
     fn: Callable[[Tensor, Tensor, Tensor], Tensor],
     q: Float[Tensor, "b nq h d"],
@@ -357,31 +355,29 @@ def assert_causal(
     t: int,  # key position with at least one query before it: nk - nq < t < nk
     seed: int = 0,
 ) -> None:
-    "Raise `AssertionError` if outputs before position `t` depend on inputs from `t` on, forward or backward."
+    """Raise `AssertionError` if outputs before position `t` depend on inputs from `t` on, forward or backward.
+
+    Raises `ValueError` for a `t` that leaves no row to compare.
+    """
     row = t - (k.shape[1] - q.shape[1])  # the first query at or after position t
     if not 0 < row < q.shape[1]:
-        raise ValueError(
-            f"t must be above {k.shape[1] - q.shape[1]} and below {k.shape[1]}, got {t}: rows before it are compared"
-        )
+        got = f"t must be above {k.shape[1] - q.shape[1]} and below {k.shape[1]}, got {t}"
+        raise ValueError(f"{got}: rows before it are compared")
     generator = torch.Generator().manual_seed(seed)
-    inputs = [("q", q.detach(), row), ("k", k.detach(), t), ("v", v.detach(), t)]
-    other = [x.clone() for _, x, _ in inputs]
-    for x, (_, _, first) in zip(other, inputs):
+    inputs, starts = [x.detach().clone() for x in (q, k, v)], (row, t, t)
+    other = [x.clone() for x in inputs]
+    for x, first in zip(other, starts):
         x[:, first:] = 10 * torch.randn(x[:, first:].shape, generator=generator).to(x)
-    change = (fn(*other)[:, :row] - fn(*(x for _, x, _ in inputs))[:, :row]).detach().abs()
-    if not torch.equal(change, torch.zeros_like(change)):
-        raise AssertionError(
-            f"the future leaks: other inputs from position {t} on change outputs before it by up to {change.max():.3g}"
-        )
-    leaves = [x.clone().requires_grad_() for _, x, _ in inputs]
-    past = fn(*leaves)[:, :row]
-    grads = torch.autograd.grad(past, leaves, torch.randn(past.shape, generator=generator).to(past))
-    for (name, _, first), grad in zip(inputs, grads):
+    change = (fn(*other) - fn(*inputs)).detach()[:, :row].abs()
+    if not (change == 0).all():
+        words = f"other inputs from position {t} on change outputs before it by up to {change.max():.3g}"
+        raise AssertionError(f"the future leaks: {words}")
+    past = fn(*(x.requires_grad_() for x in inputs))[:, :row]
+    grads = torch.autograd.grad(past, inputs, torch.randn(past.shape, generator=generator).to(past))
+    for name, first, grad in zip("qkv", starts, grads):
         if grad[:, first:].any():
-            size = grad[:, first:].abs().max()
-            raise AssertionError(
-                f"the future leaks: outputs before position {t} have a gradient of {size:.3g} at later {name}"
-            )
+            words = f"outputs before position {t} have a gradient of {grad[:, first:].abs().max():.3g} at later {name}"
+            raise AssertionError(f"the future leaks: {words}")
 
 # %% ../nbs/01_testing.ipynb #f13df09a
 def assert_batch_independent(
@@ -408,7 +404,7 @@ def assert_batch_independent(
                 f"batch row {row} alone differs by {error:.3g} from itself in the batch, {allowed:.3g} allowed"
             )
 
-# %% ../nbs/01_testing.ipynb #d7a416db
+# %% ../nbs/01_testing.ipynb #8616d410
 @dataclass(frozen=True)
 class AttentionCase:
     "One valid configuration of dilated attention: `check_against_oracle(fn, *case.qkv(), **case.options())`."
@@ -447,7 +443,10 @@ def attention_cases(
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64, torch.bfloat16, torch.float16),
     **fixed: Any,  # fields of AttentionCase with one value, as ragged="mask"; not sizes or branches
 ) -> Any:
-    "A hypothesis strategy of `AttentionCase`, over every option of dilated attention. Needs hypothesis."
+    """A hypothesis strategy of `AttentionCase`, over every option of dilated attention.
+
+    Needs hypothesis. Raises `ValueError` for a fixed field that it does not know.
+    """
     from hypothesis import strategies as st
 
     for name in fixed:
@@ -495,7 +494,7 @@ def saved_for_backward(fn: Callable[..., Any], *args: Any) -> SavedTensors:
     names = [f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" for x in kept.values()]
     return SavedTensors(tuple(names), sum(storages.values()))
 
-# %% ../nbs/01_testing.ipynb #1938a970
+# %% ../nbs/01_testing.ipynb #6ad032f7
 def _check_importable(fn: Callable[..., Any]) -> None:
     "Another process finds `fn` by module and name, so it must have both."
     module, name = getattr(fn, "__module__", None), getattr(fn, "__qualname__", "")
@@ -547,7 +546,7 @@ def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
         process.kill()
         process.wait()
 
-# %% ../nbs/01_testing.ipynb #f9279389
+
 def _run_processes(jobs: list[tuple[Any, ...]], timeout_s: float, name: str) -> list[Any]:
     "The results of jobs `(fn, *args)`, each in a fresh Python. The first failure ends them all and is raised here."
     processes: list[subprocess.Popen[bytes]] = []
@@ -626,7 +625,7 @@ def demo_fill(num_bytes: int) -> None:
     "Touch `num_bytes` of fresh memory."
     torch.ones(num_bytes, dtype=torch.uint8)
 
-# %% ../nbs/01_testing.ipynb #18eec0cb
+# %% ../nbs/01_testing.ipynb #c9d92765
 def _gloo_worker(fn: Callable[..., Any], rank: int, world_size: int, store: str, timeout_s: float, args: Any) -> Any:
     "One rank: join, call, wait for the others, leave."
     import torch.distributed as dist
@@ -660,7 +659,7 @@ def spawn_gloo(
         jobs = [(_gloo_worker, fn, rank, *shared) for rank in range(check_int("world_size", world_size))]
         return _run_processes(jobs, timeout_s, "rank")
 
-# %% ../nbs/01_testing.ipynb #797d3362
+
 def demo_ring(rank: int, world_size: int, x: Tensor) -> Tensor:
     "The sum of `x + rank` over all ranks, passed around a ring one step at a time."
     import torch.distributed as dist

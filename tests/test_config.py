@@ -554,6 +554,7 @@ def test_head_rules(embed_dim, num_heads, max_head_dim):
 
 
 def test_checks_compile_whole_and_lengths_stay_symbolic():
+    from torch._dynamo.exc import Unsupported
     from torch._dynamo.testing import CompileCounter
 
     def forward(q, k, v, mask):
@@ -571,3 +572,5 @@ def test_checks_compile_whole_and_lengths_stay_symbolic():
         q = torch.ones(2, n, 2, 8)
         assert torch.equal(compiled(q, q, q, torch.zeros(2, n, dtype=torch.bool)), q)
     assert counter.frame_count <= 2
+    with pytest.raises(Unsupported, match="sequence length 10 is not a multiple of segment length 4; pass ragged"):
+        compiled(q[:, :10], q[:, :10], q[:, :10], torch.zeros(2, 10, dtype=torch.bool))
