@@ -49,10 +49,10 @@ test: $(READY)
 	$(BIN)/mypy
 	$(BIN)/python scripts/run_notebooks_tests.py
 	$(BIN)/python scripts/check_wheel.py
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -n auto -m "not slow"
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -n auto
 
 lab: $(READY)
 	$(BIN)/jupyter lab index.ipynb

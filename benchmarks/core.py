@@ -3,7 +3,7 @@
     python benchmarks/core.py                   all sections (about half an hour on two cores)
     python benchmarks/core.py floor memory      some of them
 
-Every figure is a ratio of medians of runs that alternate within one process, so that a busy machine slows both sides.
+Every ratio compares runs that alternate within one process, so that a busy machine slows both sides.
 Each section keeps its own device, threads, versions and date: sections measured at different times stand side by side.
 """
 
@@ -43,8 +43,8 @@ def environment() -> dict[str, Any]:
     }
 
 
-def alternate(runs: dict[str, Callable[[], Any]], repeats: int = 7) -> dict[str, float]:
-    "Median seconds of each run, taken in turn; one round of warm-up."
+def in_turn(runs: dict[str, Callable[[], Any]], repeats: int = 7) -> dict[str, list[float]]:
+    "Seconds of each run, taken in turn; one round of warm-up."
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for round_ in range(repeats + 1):
         for name, run in runs.items():
@@ -52,7 +52,12 @@ def alternate(runs: dict[str, Callable[[], Any]], repeats: int = 7) -> dict[str,
             run()
             if round_:
                 seconds[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return seconds
+
+
+def alternate(runs: dict[str, Callable[[], Any]], repeats: int = 7) -> dict[str, float]:
+    "Median seconds of each run, taken in turn."
+    return {name: statistics.median(values) for name, values in in_turn(runs, repeats).items()}
 
 
 def causal_mask() -> dict[str, Any]:
@@ -122,9 +127,10 @@ def floor() -> dict[str, Any]:
                     torch.autograd.grad(ours(x, causal, mixing), x, dout)
 
                 for what, runs in (("forward", (ours, bare_forward)), ("forward+backward", (ours_both, bare_both))):
-                    t = alternate(dict(zip(("ours", "floor"), runs)), 11 if what == "forward" else 5)
+                    t = in_turn(dict(zip(("ours", "floor"), runs)), 21 if what == "forward" else 9)
                     row = {"dtype": str(dtype)[6:], "mixing": mixing, "causal": causal, "what": what}
-                    row |= {"ratio": t["ours"] / t["floor"], "ours_ms": t["ours"] * 1e3, "floor_ms": t["floor"] * 1e3}
+                    row["ratio"] = statistics.median(a / b for a, b in zip(t["ours"], t["floor"]))
+                    row |= {f"{name}_ms": statistics.median(values) * 1e3 for name, values in t.items()}
                     rows.append(row)
                     print(row, flush=True)
     return {"n": N, "heads": H, "head_dim": D, "segment_lengths": LENGTHS, "dilation_rates": RATES, "rows": rows}

@@ -2,8 +2,9 @@
 
 import os
 
-# Before torch is imported: two threads at most, so that a test means the same on a laptop and on a server.
-THREADS = min(2, os.cpu_count() or 1)
+# Before torch is imported: two threads at most, so that a test means the same on a laptop and on a server;
+# one where tests run side by side (pytest -n).
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1)
 os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 os.environ.setdefault("MPLBACKEND", "agg")
 
