@@ -109,7 +109,8 @@ def to_bytes(tokens: Int[Tensor, " n"]) -> bytes:
 
 
 def read_corpus(text: str | None = None) -> Corpus:
-    """A file, a folder, or None for Python's standard library. Files with NUL bytes are no text and passed over.
+    """A file, a folder, or None for Python's standard library. Files with NUL bytes are no text and passed over,
+    and so are copies of held-out files.
 
     Where no file can be held out, the end of the text is. Raises `ValueError` if nothing can be read.
     """
@@ -127,11 +128,11 @@ def read_corpus(text: str | None = None) -> Corpus:
     if not data:
         got = f"{len(read)} files in {root}, each empty or not text"
         raise ValueError(complaint("text", "contain text", got, advice))
-    first: dict[bytes, str] = {}  # file with this content: copies of a file go where it goes
-    for name, part in data.items():
-        first.setdefault(part, name)
-    held = held_out({name: len(part) for part, name in first.items()})
-    train, rest = ([name for name in data if (first[data[name]] in held) == wanted] for wanted in (False, True))
+    held = held_out({name: len(part) for name, part in data.items()})
+    rest, copies = [name for name in data if name in held], {data[name] for name in held}
+    train = [name for name in data if data[name] not in copies]
+    if not train:  # nothing but copies of one file
+        train, rest = rest[:1], []
     streams = [to_tokens([data[name] for name in names]) for names in (train, rest) if names]
     if not rest:
         cut = len(streams[0]) * 15 // 16
