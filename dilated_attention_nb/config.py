@@ -7,8 +7,9 @@ __all__ = ['MIXINGS', 'OFFSETS', 'RAGGED', 'BACKENDS', 'SPARSE_PATTERNS', 'DISTR
            'FLOAT_DTYPES', 'complaint', 'shown', 'check_int', 'check_number', 'check_positive', 'check_dropout',
            'check_scale', 'check_flag', 'nearest', 'check_choice', 'check_ints', 'check_branches', 'check_heads',
            'valid_lengths', 'check_length', 'check_floats', 'check_alike', 'check_padding', 'check_qkv', 'check_device',
-           'check_dtype', 'check_placement', 'Config', 'DilatedAttentionConfig', 'check_head_dim', 'check_kv_heads',
-           'MultiheadConfig', 'RingAttentionConfig', 'SparseAttentionConfig', 'DistributedConfig', 'MemoryPoolConfig']
+           'check_dtype', 'check_home', 'check_placement', 'Config', 'check_config', 'DilatedAttentionConfig',
+           'check_head_dim', 'check_kv_heads', 'MultiheadConfig', 'RingAttentionConfig', 'SparseAttentionConfig',
+           'DistributedConfig', 'MemoryPoolConfig']
 
 # %% ../nbs/00_config.ipynb #3d0f6ed4
 import dataclasses
@@ -173,6 +174,9 @@ def check_floats(name: str, x: Any) -> None:
     if x.dtype not in FLOAT_DTYPES:
         rule = "be float16, bfloat16, float32 or float64"
         raise TypeError(complaint(name, rule, x.dtype, "convert it with .to(torch.float32)"))
+    if x.is_nested or x.layout != torch.strided:
+        kind = "a nested one" if x.is_nested else x.layout
+        raise TypeError(complaint(name, f"be a dense tensor {_BNHD}", kind, "use .to_dense() or pad, with a mask"))
     if x.dim() != 4:
         got = f"{x.dim()} with shape {tuple(x.shape)}"
         raise ValueError(complaint(name, f"have 4 dimensions {_BNHD}", got, "reshape it, heads before head_dim"))
@@ -247,6 +251,17 @@ def check_dtype(name: str, dtype: Any) -> torch.dtype | None:
     return known[check_choice(name, str(dtype).removeprefix("torch."), tuple(known))]
 
 
+def check_home(name: str, x: Tensor, weight: Tensor) -> None:
+    "`x` must be on the device of a module's `weight` (not on meta) and, except under autocast, of its dtype."
+    if weight.device.type != "meta" and x.device != weight.device:
+        rule = f"be on the module's device {weight.device}"
+        raise ValueError(complaint(name, rule, x.device, "move it, or the module with .to(device)"))
+    mixed = torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    if x.is_floating_point() and weight.dtype in FLOAT_DTYPES and x.dtype != weight.dtype and not mixed:
+        rule, advice = f"have the module's dtype {weight.dtype}", "convert it, or the module with .to(dtype)"
+        raise TypeError(complaint(name, rule, x.dtype, advice))
+
+
 def check_placement(name: str, x: Tensor, device: torch.device | None, dtype: torch.dtype | None) -> None:
     "Raises unless `x` is on `device` and of `dtype`, where given; a device without a number means any of its kind."
     if dtype is not None and x.dtype != dtype:
@@ -318,6 +333,14 @@ class Config:
             return cls.from_dict(json.loads(text))
         except json.JSONDecodeError as error:
             raise ValueError(complaint("text", rule, shown(text), f"write it with to_json ({error})")) from error
+
+
+def check_config(name: str, value: Any, cls: type[_C]) -> _C:
+    "`value` if it is a `cls`; a dict or another config is a `TypeError`."
+    if not isinstance(value, cls):
+        advice = f"make one with {cls.__name__}.from_dict"
+        raise TypeError(complaint(name, f"be a {cls.__name__}", type(value).__name__, advice))
+    return value
 
 
 def _nested(hint: Any, value: Any) -> Any:

@@ -359,9 +359,7 @@ def _options(
     copy = () if q.device.type != "cpu" else every if q.element_size() > 2 else ("q",)
     zeros = ragged == "zeros" and not is_causal
     branches = tuple(segment_lengths), tuple(dilation_rates)
-    return Options(
-        *branches, is_causal, mixing, offsets, zeros, scale, name, portion_size(q, backward), copy
-    )
+    return Options(*branches, is_causal, mixing, offsets, zeros, scale, name, portion_size(q, backward), copy)
 
 
 @torch.library.custom_op("dilated_attention_nb::forward", mutates_args=())
@@ -370,7 +368,9 @@ def forward_op(
     is_causal: bool, mixing: str, offsets: str, ragged: str, scale: float, backend: str, use_tf32: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     "Merged out and lse."
-    options = _options(q, mask, segment_lengths, dilation_rates, is_causal, mixing, offsets, ragged, scale, backend, False)
+    options = _options(
+        q, mask, segment_lengths, dilation_rates, is_causal, mixing, offsets, ragged, scale, backend, False
+    )
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
     space = Workspace(q.device)
     with _tf32(use_tf32, q):
@@ -389,7 +389,9 @@ def backward_op(
     is_causal: bool, mixing: str, offsets: str, ragged: str, scale: float, backend: str, use_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     "dq, dk, dv."
-    options = _options(q, mask, segment_lengths, dilation_rates, is_causal, mixing, offsets, ragged, scale, backend, True)
+    options = _options(
+        q, mask, segment_lengths, dilation_rates, is_causal, mixing, offsets, ragged, scale, backend, True
+    )
     dq, dk, dv = (x.new_zeros(x.shape) if x.shape[1] > q.shape[1] else x.new_empty(x.shape) for x in (q, k, v))
     space = Workspace(q.device)
     with _tf32(use_tf32, q):

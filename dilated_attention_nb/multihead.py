@@ -22,8 +22,10 @@ from dilated_attention_nb.config import (
     DilatedAttentionConfig,
     MultiheadConfig,
     check_choice,
+    check_config,
     check_flag,
     check_heads,
+    check_home,
     complaint,
     nearest,
 )
@@ -57,16 +59,9 @@ def _owner(name: str, *configs: type[Config]) -> type[Config]:
     return owners[name]
 
 
-def _check_config(name: str, value: Any, cls: type[_C]) -> _C:
-    if not isinstance(value, cls):
-        rule = f"be a {cls.__name__}"
-        raise TypeError(complaint(name, rule, type(value).__name__, f"make one with {cls.__name__}.from_dict"))
-    return value
-
-
 def _completed(name: str, config: _C | None, cls: type[_C], values: dict[str, Any]) -> _C:
     "`config` with `values` in place of its fields; without a config, one made of `values` alone."
-    return cls.from_dict(values) if config is None else replace(_check_config(name, config, cls), **values)
+    return cls.from_dict(values) if config is None else replace(check_config(name, config, cls), **values)
 
 
 def create_dilated_attention(
@@ -82,9 +77,9 @@ def create_dilated_attention(
 
 # %% ../nbs/11_multihead.ipynb #7832005d
 def _plain(linear: nn.Module) -> bool:
-    "Whether calling it is `F.linear` and nothing else: not a subclass, an adapter or hooked."
+    "Whether calling it is `F.linear` and nothing else: not a subclass, an adapter, hooked or patched."
     hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
-    return type(linear) is nn.Linear and not any(hooks)
+    return type(linear) is nn.Linear and not any(hooks) and "forward" not in vars(linear)
 
 
 def project(x: Float[Tensor, "b n e"], *projections: nn.Module) -> tuple[Tensor, ...]:
@@ -122,8 +117,8 @@ class MultiheadDilatedAttention(nn.Module):
         | Callable[[DilatedAttentionConfig], nn.Module] = "auto",  # one of KINDS, or what builds the attention
     ) -> None:
         super().__init__()
-        c = self.config = _check_config("config", config, MultiheadConfig)
-        a = self.attention_config = _check_config("attention_config", attention_config, DilatedAttentionConfig)
+        c = self.config = check_config("config", config, MultiheadConfig)
+        a = self.attention_config = check_config("attention_config", attention_config, DilatedAttentionConfig)
         check_heads(c.num_heads, a.num_branches, a.mixing)
         build = ATTENTIONS[resolve_kind(kind)] if isinstance(kind, str) else kind
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
@@ -163,8 +158,9 @@ class MultiheadDilatedAttention(nn.Module):
         """
         key = query if key is None else key
         value = key if value is None else value
-        for name, x in (("query", query), ("key", key), ("value", value)):
-            self._check_input(name, x)
+        inputs = ("query", query, self.q_proj), ("key", key, self.k_proj), ("value", value, self.v_proj)
+        for name, x, projection in inputs:
+            self._check_input(name, x, projection)
         flat = self._project(query, key, value, position is not None)
         q, k, v = (x.unflatten(-1, (-1, self.config.head_dim)) for x in flat)
         if position is not None:
@@ -179,7 +175,7 @@ class MultiheadDilatedAttention(nn.Module):
         averaged = check_flag("average_attn_weights", average_attn_weights)
         return self.out_proj(out), weights.mean(1) if averaged else weights
 
-    def _check_input(self, name: str, x: Any) -> None:
+    def _check_input(self, name: str, x: Any, projection: nn.Linear) -> None:
         width = self.config.embed_dim
         if not isinstance(x, Tensor):
             raise TypeError(complaint(name, "be a tensor [batch, seq, embed_dim]", type(x).__name__, "pass a tensor"))
@@ -188,6 +184,8 @@ class MultiheadDilatedAttention(nn.Module):
             raise ValueError(complaint(name, rule, tuple(x.shape), "the batch comes first"))
         if not x.is_floating_point():
             raise TypeError(complaint(name, "be a floating-point tensor", x.dtype, "embed tokens first"))
+        if _plain(projection):  # others may convert what they are given
+            check_home(name, x, projection.weight)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor, moved: bool = False) -> tuple[Tensor, ...]:
         "Flat q, k and v, in as few products as possible; v on its own if q and k will be `moved` to other tensors."
