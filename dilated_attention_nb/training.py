@@ -615,7 +615,7 @@ def parse(argv: Sequence[str] | None) -> tuple[dict[str, Any], Path, str | None]
 # %% ../nbs/15_training.ipynb #abc43c31
 def new_folder(out: Path, name: str | None) -> Path:
     "A folder that did not exist; without a name `longnet`, or the first of `longnet-2`, `longnet-3`, ... that is free."
-    if name is not None and (Path(name).name != name or name[:1] in ("", ".")):
+    if name is not None and (Path(name).name != name or name[:1] in ("", ".") or len(name) > 200):
         raise ValueError(complaint("name", "be a plain folder name", repr(name), "put other folders into --out"))
     names = iter([name]) if name else (f"longnet-{i}" if i > 1 else "longnet" for i in range(1, 10_000))
     for wanted in names:
