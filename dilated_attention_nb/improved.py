@@ -26,6 +26,7 @@ from dilated_attention_nb.config import (
     DilatedAttentionConfig,
     check_branches,
     check_choice,
+    check_config,
     check_flag,
     check_floats,
     check_heads,
@@ -450,7 +451,7 @@ def dilated_attention(
     """Dilated attention, exact in values and gradients; saves q, k, v, out and lse for the backward pass.
 
     Queries are the last `nq` of `nk` positions; `hk` divides `h`. Rows without keys are 0. Raises `ValueError` or
-    `TypeError` for bad input, naming the argument. LongNet, Ding et al. 2023, arXiv:2307.02486, section 2.2.
+    `TypeError` for bad input, naming the argument. LongNet, Ding et al. 2023, arXiv:2307.02486, eq. 3 to 10, 13 to 15.
     """
     segment_lengths, dilation_rates = check_branches(segment_lengths, dilation_rates)
     check_choice("mixing", mixing, MIXINGS)
@@ -481,7 +482,7 @@ class ImprovedDilatedAttention(nn.Module):
 
     def __init__(self, config: DilatedAttentionConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = check_config("config", config, DilatedAttentionConfig)
 
     def forward(
         self,

@@ -26,7 +26,7 @@ import stat
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
@@ -59,15 +59,15 @@ from .plotting import plot_curves, plot_training, save_figure
 SKIPPED = frozenset(("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"))
 
 
-def text_files(folder: Path, suffix: str = "") -> list[Path]:
-    "All files below `folder` that end in `suffix`, ordered by path, but hidden ones and those in `SKIPPED` folders."
+def text_files(folder: Path, suffix: str = "", skipped: Collection[str] = ()) -> list[Path]:
+    "All files below `folder` that end in `suffix`, ordered by path, but hidden ones and those in `skipped` folders."
 
     def fail(error: OSError) -> None:
         raise error
 
     found = []
     for where, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = [name for name in folders if name not in SKIPPED and name[0] != "."]
+        folders[:] = [name for name in folders if name not in skipped and name[0] != "."]
         paths = (Path(where, name) for name in names if name.endswith(suffix) and name[0] != ".")
         found += [path for path in paths if stat.S_ISREG(path.stat().st_mode)]  # a pipe would never end
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
@@ -119,7 +119,7 @@ def read_corpus(text: str | None = None) -> Corpus:
         raise ValueError(complaint("text", "name a file or folder", "an empty name", advice))
     root = Path(sysconfig.get_path("stdlib") if text is None else text).expanduser()
     try:
-        paths = [root] if root.is_file() else text_files(root, ".py" if text is None else "")
+        paths = [root] if root.is_file() else text_files(root, *((".py", SKIPPED) if text is None else ()))
         read = {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}
     except OSError as error:
         got = f"{error.filename or root}: {error.strerror}"
@@ -629,7 +629,11 @@ def new_folder(out: Path, name: str | None) -> Path:
             raise ValueError(
                 complaint("out", "be a folder to write to", got, "choose another --out or --name")
             ) from error
-    raise ValueError(complaint("name", "be new", f"{out / str(name)}, which exists", "choose another or --resume it"))
+    raise _taken(out / str(name))
+
+
+def _taken(run: Path) -> ValueError:
+    return ValueError(complaint("name", "be new", f"{run}, which exists", "choose another or --resume it"))
 
 
 def calibrated_seconds(config: TrainingConfig, corpus: Corpus) -> list[float]:
@@ -675,6 +679,8 @@ def start_run(given: dict[str, Any], out: Path, began: float) -> tuple[Path, Tra
         got = f"{len(corpus.train):,} bytes and {len(corpus.held):,} held out"
         rule = f"be longer than the context {config.context:,}"
         raise ValueError(complaint("text", rule, got, "pass more text or a smaller --context"))
+    if given["name"] and (out / given["name"]).exists():  # before the time is spent on calibration
+        raise _taken(out / given["name"])
     if given["steps"] is not None:
         plan = plan_of_steps(check_int("steps", given["steps"]), config.context)
     else:
