@@ -89,7 +89,7 @@ RAGGED = ("error", "mask", "zeros")  # what happens at lengths that a segment le
 BACKENDS = ("auto", "math", "flash", "efficient", "cudnn", "flash_attn")  # who computes a part of the attention
 SPARSE_PATTERNS = ("dilated_sparse", "local_window", "global_local")
 DISTRIBUTED_BACKENDS = ("nccl", "gloo", "mpi", "ucc", "cpu:gloo,cuda:nccl")
-EVICTION_POLICIES = ("lru", "lfu")
+EVICTION_POLICIES = ("lru", "lfu", "adaptive")
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
@@ -475,7 +475,8 @@ class MemoryPoolConfig(Config):
     enable_adaptive_cleanup: bool = True  # let unused buffers go early when memory is short
     enable_pinned_memory: bool = True  # page-lock host buffers where there is CUDA
     cleanup_threshold: int = 100  # requests between two clean-ups
-    eviction_policy: str = "lru"  # which goes first: the least recently ("lru") or frequently ("lfu") used
+    eviction_policy: str = "lru"  # first goes the least recently ("lru") or frequently ("lfu") used, or "adaptive"
+    max_bytes: int | None = None  # bytes kept at most; None is an eighth of the device's memory
 
     def __post_init__(self) -> None:
         for name, low in (("max_pool_size", 1), ("hot_cache_size", 0), ("cleanup_threshold", 1)):
@@ -483,6 +484,8 @@ class MemoryPoolConfig(Config):
         if self.hot_cache_size > self.max_pool_size:
             rule = f"be at most max_pool_size {self.max_pool_size}"
             raise ValueError(complaint("hot_cache_size", rule, self.hot_cache_size, "lower it or raise max_pool_size"))
+        if self.max_bytes is not None:
+            self._store(max_bytes=check_int("max_bytes", self.max_bytes))
         check_flag("enable_adaptive_cleanup", self.enable_adaptive_cleanup)
         check_flag("enable_pinned_memory", self.enable_pinned_memory)
         check_choice("eviction_policy", self.eviction_policy, EVICTION_POLICIES)
