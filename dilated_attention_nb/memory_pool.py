@@ -278,6 +278,8 @@ class UnifiedMemoryPool:
     """
 
     def __init__(self, config: MemoryPoolConfig | None = None, device: torch.device | str = "cpu") -> None:
+        if not isinstance(config, MemoryPoolConfig | None):
+            raise TypeError(complaint("config", "be a MemoryPoolConfig", shown(config), "pass the device second"))
         self.config = MemoryPoolConfig() if config is None else config
         self.device = check_device("device", device) or torch.device("cpu")
         self.memory = memory_limit(self.device)

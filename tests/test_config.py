@@ -477,7 +477,9 @@ def other_configs(draw):
     rank = draw(st.none() | st.integers(0, world - 1))
     backend, policy = draw(st.sampled_from(DISTRIBUTED_BACKENDS)), draw(st.sampled_from(EVICTION_POLICIES))
     distributed = DistributedConfig(world, rank, backend, *(draw(flags) for _ in range(5)), draw(ints))
-    pool = MemoryPoolConfig(size, draw(st.integers(0, size)), draw(flags), draw(flags), draw(ints), policy, draw(st.none() | ints))
+    pool = MemoryPoolConfig(
+        size, draw(st.integers(0, size)), draw(flags), draw(flags), draw(ints), policy, draw(st.none() | ints)
+    )
     return draw(st.sampled_from([distributed, pool]))
 
 
