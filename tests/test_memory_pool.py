@@ -528,7 +528,7 @@ def test_the_books_of_sizes_are_bounded():
 def test_clean_up_under_pressure(monkeypatch, pressure, left):
     for adaptive in (True, False):
         pool, asked = make(enable_adaptive_cleanup=adaptive, cleanup_threshold=12), []
-        monkeypatch.setattr(memory_pool, "memory_pressure", lambda *args: asked.append(args) or pressure)
+        monkeypatch.setattr(memory_pool, "memory_pressure", lambda *args, asked=asked: asked.append(args) or pressure)
         lent = [pool.get_buffer((10,), U8) for _ in range(10)]
         for buffer in lent:
             pool.return_buffer(buffer)
