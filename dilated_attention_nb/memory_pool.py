@@ -30,7 +30,7 @@ class Kind(NamedTuple):
     name: str | None
     pinned: bool
 
-# %% ../nbs/03_memory_pool.ipynb #73a7a0ef
+
 class Loan(weakref.ref[Tensor]):
     "The tensor that was lent, held weakly, with its memory and what it was lent as."
 
