@@ -50,7 +50,7 @@ class Block:
         self.memory = torch.empty(kind.nbytes, dtype=torch.uint8, device=place, pin_memory=kind.pinned)
         self.storage = self.memory.untyped_storage()._cdata  # the address of PyTorch's storage object
         self.alone = self.hands()  # what is counted when nobody else holds it
-        self.loan: Loan | None = None  # the latest one, as long as its tensor has the memory
+        self.holder: weakref.ref[Tensor] | None = None  # the tensor that was lent last, as long as it has the memory
         self.stream: Any = None
         self.event: Any = None
 
@@ -62,14 +62,14 @@ class Block:
         "A new tensor over the memory, and its loan, which goes to `dropped` when the tensor dies."
         tensor = torch.empty(0, dtype=dtype, device=self.memory.device)
         tensor.set_(self.memory.untyped_storage(), 0, shape)  # type: ignore[call-overload]
-        self.loan = loan = Loan(tensor, dropped.append)
+        self.holder, loan = weakref.ref(tensor), Loan(tensor, dropped.append)
         loan.block, loan.number, loan.shape, loan.dtype = self, id(tensor), tensor.shape, dtype
         self.stream = self.current_stream()
         return tensor, loan
 
     def free(self) -> bool:
         "Whether the memory can be lent: nobody holds it, no GPU works on it. A tensor that was returned is emptied."
-        tensor = None if self.loan is None else self.loan()
+        tensor = None if self.holder is None else self.holder()
         if self.hands() != (self.alone[0] + (tensor is not None), self.alone[1]):
             return False
         if tensor is not None:
@@ -77,7 +77,7 @@ class Block:
                 return False
             with torch.inference_mode():  # so that tensors with a history can be emptied, and those of inference mode
                 tensor.set_()  # type: ignore[call-overload]
-        self.loan = None
+        self.holder = None
         in_order = self.memory.is_cuda and self.stream == self.current_stream()
         return self.event is None or in_order or bool(self.event.query())
 
@@ -179,8 +179,6 @@ class Shelf:
 
     def put(self, block: Block, room: int) -> list[Block]:
         "Keep a buffer; those that must go so that there are at most `max_pool_size` of them, in `room` bytes."
-        if block.kind.nbytes > room:
-            return [block]
         block.used, block.hot = self.clock, False
         self.blocks.setdefault(block.kind, []).append(block)
         self.count += 1
@@ -313,7 +311,7 @@ class UnifiedMemoryPool:
                 gone += self._let_go(self._room)
             self._peak = max(self._peak, self._lent + self._shelf.nbytes)
             due = self._shelf.clock % self.config.cleanup_threshold == 0
-        del gone  # here memory is freed, before more is asked for
+        gone.clear()  # here memory is freed, before more is asked for
         try:
             if due:
                 self._clean_up()
@@ -324,6 +322,7 @@ class UnifiedMemoryPool:
                 self._lent -= kind.nbytes
             raise
         with self._lock:
+            gone += self._settle()  # what died since may have had the number that the new tensor has
             self._loans[loan.number] = loan
         return tensor
 
