@@ -73,7 +73,10 @@ class Block:
         if self.hands() != (self.alone[0] + (tensor is not None), self.alone[1]):
             return False
         if tensor is not None:
-            if tensor._use_count() != 1:  # type: ignore[attr-defined]  # a graph has saved this very tensor
+            same = tensor.to(
+                tensor.dtype
+            )  # itself: PyTorch 2.9 counts Python's names again once it hands the tensor out
+            if same._use_count() != 1:  # type: ignore[attr-defined]  # a graph has saved this very tensor
                 return False
             with torch.inference_mode():  # so that tensors with a history can be emptied, and those of inference mode
                 tensor.set_()  # type: ignore[call-overload]

@@ -424,7 +424,7 @@ def test_memory_goes_without_the_garbage_collector():
             pool = make()
             lent = pool.get_buffer((4,), F32)
             watches.append(weakref.ref(pool._loans[id(lent)].block.memory))
-            alias = lent.detach()
+            held = [lent.detach()]
             if use in ("parked", "kept"):
                 pool.return_buffer(lent)
             if use == "parked":
@@ -432,7 +432,8 @@ def test_memory_goes_without_the_garbage_collector():
             if use == "dropped":
                 del lent
                 pool.clear()
-            lent = alias = pool = None
+            held.clear()
+            lent = pool = None
         assert [watch() for watch in watches] == [None] * 4
     finally:
         gc.enable()
