@@ -106,6 +106,12 @@ if TYPE_CHECKING:
         save_figure as save_figure,
         smoothed as smoothed,
     )
+    from dilated_attention_nb import memory_pool as memory_pool
+    from dilated_attention_nb.memory_pool import (
+        UnifiedMemoryPool as UnifiedMemoryPool,
+        memory_limit as memory_limit,
+        memory_pressure as memory_pressure,
+    )
     from dilated_attention_nb import masking as masking
     from dilated_attention_nb.masking import (
         Grid as Grid,
@@ -315,6 +321,11 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "save_figure",
         "smoothed",
     ),
+    "memory_pool": (
+        "UnifiedMemoryPool",
+        "memory_limit",
+        "memory_pressure",
+    ),
     "masking": (
         "Grid",
         "Piece",
@@ -480,6 +491,7 @@ __all__ = [
     "SparseAttentionConfig",
     "Tile",
     "TrainingConfig",
+    "UnifiedMemoryPool",
     "VOCAB",
     "assert_batch_independent",
     "assert_causal",
@@ -555,6 +567,8 @@ __all__ = [
     "make_plan",
     "make_qkv",
     "make_rotation",
+    "memory_limit",
+    "memory_pressure",
     "merge",
     "merge_",
     "merge_lse_",

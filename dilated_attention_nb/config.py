@@ -90,7 +90,7 @@ RAGGED = ("error", "mask", "zeros")  # what happens at lengths that a segment le
 BACKENDS = ("auto", "math", "flash", "efficient", "cudnn", "flash_attn")  # who computes a part of the attention
 SPARSE_PATTERNS = ("dilated_sparse", "local_window", "global_local")
 DISTRIBUTED_BACKENDS = ("nccl", "gloo", "mpi", "ucc", "cpu:gloo,cuda:nccl")
-EVICTION_POLICIES = ("lru", "lfu")
+EVICTION_POLICIES = ("lru", "lfu", "adaptive")
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
@@ -502,10 +502,11 @@ class MemoryPoolConfig(Config):
     enable_adaptive_cleanup: bool = True  # let unused buffers go early when memory is short
     enable_pinned_memory: bool = True  # page-lock host buffers where there is CUDA
     cleanup_threshold: int = 100  # requests between two clean-ups
-    eviction_policy: str = "lru"  # which goes first: the least recently ("lru") or frequently ("lfu") used
+    eviction_policy: str = "lru"  # first goes the least recently ("lru") or frequently ("lfu") used, or "adaptive"
+    max_bytes: int | None = None  # bytes kept at most; None is an eighth of the device's memory
 
     def __post_init__(self) -> None:
-        self._check(check_int, "max_pool_size", "cleanup_threshold")
+        self._check(check_int, "max_pool_size", "cleanup_threshold", "max_bytes")
         self._check(check_int, "hot_cache_size", low=0)
         self._check(check_flag, "enable_adaptive_cleanup", "enable_pinned_memory")
         self._check(check_choice, "eviction_policy", choices=EVICTION_POLICIES)

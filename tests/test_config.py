@@ -179,8 +179,10 @@ BAD = [(cls, *row) for cls in ATTENTION for row in BAD_ATTENTION] + [
     (MemoryPoolConfig, "enable_adaptive_cleanup", 1, TypeError, "int"),
     (MemoryPoolConfig, "enable_pinned_memory", "cuda", TypeError, "str"),
     (MemoryPoolConfig, "cleanup_threshold", 0, ValueError, "at least 1"),
-    (MemoryPoolConfig, "eviction_policy", "fifo", ValueError, "'lru', 'lfu'"),
+    (MemoryPoolConfig, "eviction_policy", "fifo", ValueError, "'lru', 'lfu', 'adaptive'"),
     (MemoryPoolConfig, "eviction_policy", 0, TypeError, "int"),
+    (MemoryPoolConfig, "max_bytes", 0, ValueError, "max_bytes must be at least 1"),
+    (MemoryPoolConfig, "max_bytes", 1e9, TypeError, "max_bytes must be an integer"),
 ]
 
 
@@ -334,7 +336,7 @@ def test_every_field_takes_part_in_equality(cls):
     special = {
         "embed_dim": 128, "num_heads": 4, "num_kv_heads": 2, "ring_size": 2, "world_size": 2, "device": "cpu",
         "dtype": "float16", "mixing": "softmax", "offsets": "interleaved", "ragged": "mask", "backend": "gloo",
-        "pattern_type": "local_window", "eviction_policy": "lfu",
+        "pattern_type": "local_window", "eviction_policy": "lfu", "max_bytes": 2**20,
     }  # fmt: skip
     config = cls(**GOOD[cls])
     for field in dataclasses.fields(cls):
@@ -475,7 +477,9 @@ def other_configs(draw):
     rank = draw(st.none() | st.integers(0, world - 1))
     backend, policy = draw(st.sampled_from(DISTRIBUTED_BACKENDS)), draw(st.sampled_from(EVICTION_POLICIES))
     distributed = DistributedConfig(world, rank, backend, *(draw(flags) for _ in range(5)), draw(ints))
-    pool = MemoryPoolConfig(size, draw(st.integers(0, size)), draw(flags), draw(flags), draw(ints), policy)
+    pool = MemoryPoolConfig(
+        size, draw(st.integers(0, size)), draw(flags), draw(flags), draw(ints), policy, draw(st.none() | ints)
+    )
     return draw(st.sampled_from([distributed, pool]))
 
 
