@@ -72,10 +72,9 @@ class _Cache:
         "Heads before tokens: one head's keys lie side by side, as a kernel with one query reads them."
         return torch.empty(self.batch_size, heads, slots, self.head_dim, device=self.device, dtype=self.dtype)
 
-    def _check(self, k: Tensor, v: Tensor, mask: Tensor | None, q: Tensor | None = None) -> None:
+    def _check(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         "Raises before anything is stored."
-        check_floats("k", k)
-        check_qkv(k[:, :1] if q is None else q, k, v, mask)
+        check_qkv(q, k, v, mask)
         rule = (
             f"have shape [{self.batch_size}, n, {self.num_kv_heads}, {self.head_dim}] in {self.dtype} on {self.device}"
         )
@@ -83,10 +82,7 @@ class _Cache:
         if not fits or k.dtype != self.dtype or k.device.type != self.device.type:
             got = f"{tuple(k.shape)} in {k.dtype} on {k.device}"
             raise ValueError(complaint("k", rule, got, "make the cache for this batch, model and dtype"))
-        if q is not None and (q.shape[1] != k.shape[1] or q.shape[2] != self.num_heads):
-            rule = f"have {self.num_heads} heads and one row for each new key"
-            raise ValueError(complaint("q", rule, tuple(q.shape), "the cache adds the earlier keys itself"))
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v)):
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
             raise ValueError(complaint("q, k and v", "need no gradient", "some that do", "use torch.no_grad()"))
         after = self.length + k.shape[1]
         if self.max_seq_len is not None and after > self.max_seq_len:
@@ -97,7 +93,10 @@ class _Cache:
         if not check_flag("is_causal", is_causal):
             raise ValueError(complaint("is_causal", "be True with a cache", False, "later tokens are not there yet"))
         q, k, v = cast_like_autocast(q, k, v)
-        self._check(k, v, mask, q)
+        self._check(q, k, v, mask)
+        if q.shape[1] != k.shape[1] or q.shape[2] != self.num_heads:
+            rule = f"have {self.num_heads} heads and one row for each new key"
+            raise ValueError(complaint("q", rule, tuple(q.shape), "the cache adds the earlier keys itself"))
         return q, k, v
 
     def _check_back(self, count: int) -> int:
@@ -158,7 +157,8 @@ class KVCache(_Cache):
         key_padding_mask: Bool[Tensor, "b n"] | None = None,  # True is padding; it keeps its place
     ) -> tuple[Float[Tensor, "b all hk d"], Float[Tensor, "b all hk d"]]:  # all keys, all values
         "Store the next tokens."
-        self._check(k, v, key_padding_mask)
+        check_floats("k", k)
+        self._check(k[:, :1], k, v, key_padding_mask)
         return self._append(k, v, key_padding_mask)
 
     def _append(self, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -238,15 +238,17 @@ class _Branch:
         stored = max(run.stored.stop for some in runs.values() for run in some)
         self.k, self.v = buffer(stored, slots), buffer(stored, slots)
         self.mask: Tensor | None = None  # [b, tokens of a segment], from the first padding on
+        self.segment = 0  # whose tokens the slots hold
 
-    def store(self, inside: int, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
-        "Tokens of one segment, from its token `inside` on."
+    def store(self, first: int, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+        "Tokens of one segment, from token `first` of the sequence on."
         n, r = k.shape[1], self.r
+        self.segment, inside = divmod(first, self.w)
         for s, runs in self.runs.items():
             skip = (s - inside) % r
             if skip < n:
-                first = (inside + skip) // r
-                slots = slice(first, first + len(range(skip, n, r)))
+                slot = (inside + skip) // r
+                slots = slice(slot, slot + len(range(skip, n, r)))
                 for run in runs:
                     self.k[:, run.stored, slots] = k[:, skip::r, run.kv_heads].transpose(1, 2)
                     self.v[:, run.stored, slots] = v[:, skip::r, run.kv_heads].transpose(1, 2)
@@ -336,18 +338,18 @@ class DilatedKVCache(_Cache):
 
     def rollback(self, count: int) -> None:
         "Forget the last `count` tokens; `ValueError` if their segment has taken the place of one that is needed again."
-        after, last = self._check_back(count), self.length - 1
-        starts = [last // b.w * b.w for b in self._branches if after % b.w and after // b.w < last // b.w]
+        after = self._check_back(count)
+        starts = [b.segment * b.w for b in self._branches if after % b.w and after // b.w < b.segment]
         if starts:
-            rule = f"be at most {self.length - max(starts)}, back to token {max(starts)} where a segment begins"
-            raise ValueError(complaint("count", rule, count, "KVCache keeps everything"))
+            rule = f"be at most {max(0, self.length - max(starts))} here, where a segment begins"
+            raise ValueError(complaint("count", rule, count, "what came before is overwritten; KVCache keeps it"))
         self.length = after
 
     def reset(self) -> None:
         "Forget everything; the memory stays."
         self.length = 0
         for branch in self._branches:
-            branch.mask = None
+            branch.mask, branch.segment = None, 0
 
     def __call__(
         self,
@@ -367,7 +369,7 @@ class DilatedKVCache(_Cache):
             inside = self.length % branch.w
             border = min(n, branch.w - inside)
             pads = None if key_padding_mask is None else key_padding_mask[:, :border]
-            branch.store(inside, k[:, :border], v[:, :border], pads)
+            branch.store(self.length, k[:, :border], v[:, :border], pads)
             store = groups or (branch is self._branches[0] and branch.r == 1)  # the first to reach its rows
             for cut, gq, gk, gv, padding, causal in branch.parts(inside, q, k, v, key_padding_mask):
                 o, l = attend_forward(gq, gk, gv, causal, padding, self.scale, name)
@@ -379,9 +381,9 @@ class DilatedKVCache(_Cache):
                 else:
                     merge_(rows, sums, o, l)
             if border < n:
-                last = (self.length + n) % branch.w
-                pads = None if key_padding_mask is None else key_padding_mask[:, n - last :]
-                branch.store(0, k[:, n - last :], v[:, n - last :], pads)
+                begun = n - 1 - (self.length + n - 1) % branch.w  # the last segment's first token
+                pads = None if key_padding_mask is None else key_padding_mask[:, begun:]
+                branch.store(self.length + begun, k[:, begun:], v[:, begun:], pads)
         self.length += n
         return (out / self.config.num_branches if groups else out).to(q.dtype)
 

@@ -219,6 +219,7 @@ class NgramEmbedding(nn.Embedding):
     def __init__(self, vocab_size: int, embed_dim: int, ngrams: Sequence[int], rows: int) -> None:
         super().__init__(vocab_size, embed_dim)
         self.ngrams, self.rows = tuple(ngrams), rows
+        self.context = max(ngrams, default=1) - 1  # tokens before its own that an embedding depends on
         self.tables = nn.ModuleList(nn.Embedding(rows, embed_dim) for _ in ngrams)
         nn.init.normal_(self.weight, std=0.5 * embed_dim**-0.5)
         for rows_of_table in self.tables.parameters():
