@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from core import environment
 
+torch.set_num_threads(1)  # a token is too little work for two
+
 RESULTS = Path(__file__).with_name("decoding.json")
 MODEL = dict(
     embed_dim=256, num_layers=4, num_heads=4, segment_lengths=(2048, 4096, 8192, 16_384), dilation_rates=(1, 2, 4, 6)
@@ -31,16 +33,18 @@ def make() -> Any:
 
 
 @torch.no_grad()
-def ms_per_token(model: Any, cache: Any, tokens: torch.Tensor) -> float:
-    "Median over the tokens, one by one; the cache is left where it was."
-    times = []
-    for token in tokens.split(1, 1):
-        begin = time.perf_counter()
-        model(token, cache=cache)
-        times.append(time.perf_counter() - begin)
-    for layer in cache.layers:
-        layer.rollback(tokens.shape[1])
-    return statistics.median(times) * 1e3
+def ms_per_token(model: Any, caches: dict[Any, Any], count: int) -> dict[Any, list[float]]:
+    "Of `count` tokens with each cache in turn, after five of warm-up; the caches are left where they were."
+    found: dict[Any, list[float]] = {name: [] for name in caches}
+    for token in torch.randint(0, 256, (count + 5, 1, 1)):
+        for name, cache in caches.items():
+            begin = time.perf_counter()
+            model(token, cache=cache)
+            found[name].append((time.perf_counter() - begin) * 1e3)
+    for cache in caches.values():
+        for layer in cache.layers:
+            layer.rollback(count + 5)
+    return {name: times[5:] for name, times in found.items()}
 
 
 @torch.no_grad()
@@ -49,23 +53,19 @@ def position() -> dict[str, Any]:
     from dilated_attention_nb.decoding import LongNetCache
 
     model, rows = make(), []
-    tokens = torch.randint(0, 256, (1, 200))
     starts = [PHASE + i * WINDOW for i in (0, 1, 6, 30, 61)]
     caches: dict[int, Any] = {}
-    for start in starts:  # all are kept, so that they can be measured in turn
+    for start in starts:
         caches[start] = LongNetCache(model.config)
         generator, begin = torch.Generator().manual_seed(0), time.perf_counter()
         while caches[start].length < start:
             piece = min(8192, start - caches[start].length)
             model.hidden(torch.randint(0, 256, (1, piece), generator=generator), cache=caches[start])
         print(start, "read in", time.perf_counter() - begin, "s", flush=True)
-    found: dict[int, list[float]] = {start: [] for start in starts}
-    for _ in range(6):
-        for start in starts:
-            found[start].append(ms_per_token(model, caches[start], tokens[:, :100]))
+    found = ms_per_token(model, caches, 200)
     for start in starts:
-        ratio = statistics.median(a / b for a, b in zip(found[start][1:], found[starts[0]][1:]))
-        row = {"position": start, "ms": statistics.median(found[start][1:]), "ratio": ratio}
+        ratio = statistics.median(a / b for a, b in zip(found[start], found[starts[0]]))
+        row = {"position": start, "ms": statistics.median(found[start]), "ratio": ratio}
         rows.append(row | {"cache_mib": caches[start].nbytes / 2**20})
         print(rows[-1], flush=True)
     return {"model": MODEL, "dtype": "float32", "rows": rows}
@@ -94,9 +94,8 @@ def kinds() -> dict[str, Any]:
                     x.normal_()
                 layer.length = start
         row: dict[str, Any] = {"position": start}
-        for name, cache in caches.items():
-            ms_per_token(model, cache, tokens[:, -10:])
-            row[name] = ms_per_token(model, cache, tokens[:, -40:])
+        for name, times in ms_per_token(model, caches, 35).items():
+            row[name] = statistics.median(times)
         begin = time.perf_counter()
         model.hidden(tokens[:, :start])
         row["no cache"] = (time.perf_counter() - begin) * 1e3

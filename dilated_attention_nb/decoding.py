@@ -544,9 +544,9 @@ def generate(
     top_p: float | None = None,  # draw from the fewest tokens that have this probability
     seed: int | None = None,  # None: torch's own generator
     stop: int | Sequence[int] | None = None,  # tokens after which a row ends
-    stream: bool = False,  # an iterator of the tokens `[b]` of each step
+    stream: bool = False,  # give tokens as they come
     key_padding_mask: Bool[Tensor, "b n"] | None = None,  # True is padding, on any side
-) -> Int[Tensor, "b new"] | Int[Tensor, " new"] | Iterator[Tensor]:
+) -> Any:  # tokens `[b, new]`, of one prompt `[new]`; with `stream` an iterator of `[b]`, or of single tokens
     """The tokens that continue each prompt, at most `max_new_tokens`, in constant memory. Also `model.generate(...)`.
 
     Raises `ValueError` or `TypeError` naming the argument.
