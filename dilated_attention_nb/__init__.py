@@ -177,6 +177,18 @@ if TYPE_CHECKING:
         rotate as rotate,
         token_losses as token_losses,
     )
+    from dilated_attention_nb import decoding as decoding
+    from dilated_attention_nb.decoding import (
+        DilatedKVCache as DilatedKVCache,
+        JoinedCache as JoinedCache,
+        KVCache as KVCache,
+        LongNetCache as LongNetCache,
+        check_drawing as check_drawing,
+        draw_tokens as draw_tokens,
+        generate as generate,
+        kept_logits as kept_logits,
+        kv_cache_bytes as kv_cache_bytes,
+    )
     from dilated_attention_nb import training as training
     from dilated_attention_nb.training import (
         Corpus as Corpus,
@@ -385,6 +397,17 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "rotate",
         "token_losses",
     ),
+    "decoding": (
+        "DilatedKVCache",
+        "JoinedCache",
+        "KVCache",
+        "LongNetCache",
+        "check_drawing",
+        "draw_tokens",
+        "generate",
+        "kept_logits",
+        "kv_cache_bytes",
+    ),
     "training": (
         "Corpus",
         "DEFAULTS",
@@ -437,6 +460,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     ),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
+_COMPLETED: dict[str, tuple[str, ...]] = {"LongNet": ("decoding",)}  # classes that later modules give methods
 
 __all__ = [
     "__version__",
@@ -450,6 +474,7 @@ __all__ = [
     "DISTRIBUTED_BACKENDS",
     "DilatedAttention",
     "DilatedAttentionConfig",
+    "DilatedKVCache",
     "DistributedConfig",
     "EVICTION_POLICIES",
     "FLOAT_DTYPES",
@@ -457,12 +482,15 @@ __all__ = [
     "Grid",
     "INK",
     "ImprovedDilatedAttention",
+    "JoinedCache",
     "KERNELS",
     "KINDS",
+    "KVCache",
     "LARGEST_EXPONENT",
     "LONGEST_WEIGHTS",
     "LayerStack",
     "LongNet",
+    "LongNetCache",
     "LongNetConfig",
     "LongNetEncoder",
     "LongNetLayer",
@@ -518,6 +546,7 @@ __all__ = [
     "check_choice",
     "check_config",
     "check_device",
+    "check_drawing",
     "check_dropout",
     "check_dtype",
     "check_flag",
@@ -547,15 +576,19 @@ __all__ = [
     "demo_fill",
     "demo_ring",
     "dilated_attention",
+    "draw_tokens",
     "error_budget",
     "fast_dtype",
     "finest_branch",
     "finish",
     "forward_seconds",
+    "generate",
     "grid_pairs",
     "head_branches",
     "head_groups",
     "held_out",
+    "kept_logits",
+    "kv_cache_bytes",
     "kv_runs",
     "learning_rate",
     "load_checkpoint",
@@ -636,6 +669,8 @@ if not TYPE_CHECKING:  # or every name would pass for one of ours
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
         globals()[name] = value
+        for module in _COMPLETED.get(name, ()):
+            import_module(f"{__name__}.{module}")
         return value
 
 

@@ -150,6 +150,7 @@ class MultiheadDilatedAttention(nn.Module):
         *,
         average_attn_weights: bool = True,  # over the heads
         position: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,  # of q and k, once projected
+        cache: Callable[..., Tensor] | None = None,  # attends instead, and remembers: see decoding
     ) -> tuple[Float[Tensor, "b nq e"], Tensor | None]:
         """Output and None or, with `need_weights`, weights `[b, nq, nk]` (`[b, h, nq, nk]` if not averaged).
 
@@ -165,12 +166,15 @@ class MultiheadDilatedAttention(nn.Module):
         q, k, v = (x.unflatten(-1, (-1, self.config.head_dim)) for x in flat)
         if position is not None:
             q, k = position(q, k)
-        out = self.attention(q, k, v, is_causal=is_causal, key_padding_mask=key_padding_mask).flatten(2)
+        attend = self.attention if cache is None else cache
+        out = attend(q, k, v, is_causal=is_causal, key_padding_mask=key_padding_mask).flatten(2)
         out = F.dropout(out, self.attention_config.dropout, self.training)
         if self.inner_attn_ln is not None:
             out = self.inner_attn_ln(out)
         if not check_flag("need_weights", need_weights):
             return self.out_proj(out), None
+        if cache is not None:
+            raise ValueError(complaint("need_weights", "be False with a cache", True, "pass the sequence in one piece"))
         weights = self._weights(q, k, is_causal, key_padding_mask)
         averaged = check_flag("average_attn_weights", average_attn_weights)
         return self.out_proj(out), weights.mean(1) if averaged else weights

@@ -52,6 +52,7 @@ from dilated_attention_nb.config import (
     check_positive,
     complaint,
 )
+from .decoding import generate
 from .longnet import LongNet, LongNetConfig
 from .plotting import plot_curves, plot_training, save_figure
 
@@ -243,6 +244,7 @@ class NgramEmbedding(nn.Embedding):
     def __init__(self, vocab_size: int, embed_dim: int, ngrams: Sequence[int], rows: int) -> None:
         super().__init__(vocab_size, embed_dim)
         self.ngrams, self.rows = tuple(ngrams), rows
+        self.context = max(ngrams, default=1) - 1  # tokens before its own that an embedding depends on
         self.tables = nn.ModuleList(nn.Embedding(rows, embed_dim) for _ in ngrams)
         nn.init.normal_(self.weight, std=0.5 * embed_dim**-0.5)
         for rows_of_table in self.tables.parameters():
@@ -412,20 +414,14 @@ def forward_seconds(model: LongNet, config: TrainingConfig, length: int, enough:
     return min(times)
 
 # %% ../nbs/15_training.ipynb #20814f45
-@torch.no_grad()
 def sample_tokens(
     model: LongNet, config: TrainingConfig, prompt: Int[Tensor, " n"], count: int,
-    window: int = 1024, temperature: float = 0.7, seed: int = 0,
+    temperature: float = 0.7, seed: int = 0,
 ) -> Int[Tensor, " count"]:  # fmt: skip
-    "A continuation of the prompt, each token drawn given the last `window`."
-    draw = torch.Generator().manual_seed(seed)
-    tokens = prompt.long()
-    for _ in range(count):
-        with autocast(config):
-            logits = model(tokens[None, -window:].to(config.device))[0, -1]
-        chances = (logits.float() / temperature).softmax(-1).cpu()
-        tokens = torch.cat((tokens, torch.multinomial(chances, 1, generator=draw)))
-    return tokens[len(prompt) :].to(prompt.dtype)
+    "A continuation of the prompt, in the precision of training."
+    with autocast(config):
+        drawn = generate(model, prompt.long().to(config.device), count, temperature, seed=seed)
+    return drawn.cpu().to(prompt.dtype)
 
 # %% ../nbs/15_training.ipynb #2aea71b9
 @contextmanager
