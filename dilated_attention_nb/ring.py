@@ -949,9 +949,9 @@ def stamp(*values: Any) -> int:
 class Apart:
     "Runs the share of this rank, with its neighbours in other processes."
 
-    def __init__(self, ring: Ring, worker: Worker, use_tf32: bool) -> None:
+    def __init__(self, ring: Ring, worker: Worker, use_tf32: bool, dtype: torch.dtype) -> None:
         self.ring, self.worker, self.use_tf32 = ring, worker, use_tf32
-        self.tag = stamp(worker.task)
+        self.tag = stamp(worker.task, dtype)
 
     def forward(self, *inputs: Any) -> Any:
         return self.run(self.worker.forward(*inputs))
@@ -1019,7 +1019,7 @@ class RingDilatedAttention(nn.Module):
         backend, pool = resolve_backend("auto", q, task.masked), self.pool or Buffers(q.device)
         worker = Worker(task, self._plans[task], q.shape[3] ** -0.5, backend, config, pool, self.record)
         self._meter = worker.meter
-        out = Attention.apply(q, k, v, key_padding_mask, Apart(ring, worker, c.use_tf32))
+        out = Attention.apply(q, k, v, key_padding_mask, Apart(ring, worker, c.use_tf32, q.dtype))
         self._saved = self._count(worker, q, k, v, key_padding_mask) if wanted else {"saved": 0, "received": 0}
         return dropout(out, c.dropout, self.training)
 
@@ -1057,12 +1057,12 @@ class RingDilatedAttention(nn.Module):
     def agree(self, ring: Ring, q: Tensor, k: Tensor, is_causal: bool, masked: bool, wanted: bool) -> None:
         "Compare arguments with the other ranks, once for each kind of call."
         facts = {
-            "local length": q.shape[1], "batch size": q.shape[0], "number of heads": q.shape[2],
-            "number of key/value heads": k.shape[2], "head_dim": q.shape[3], "dtype": q.dtype, "is_causal": is_causal,
+            "the local length": q.shape[1], "the batch size": q.shape[0], "the number of heads": q.shape[2],
+            "the number of key/value heads": k.shape[2], "head_dim": q.shape[3], "dtype": q.dtype,
+            "is_causal": is_causal,
             "whether there is a key_padding_mask": masked, "whether there are gradients": wanted,
-            **self.config.to_dict(),
+            **{f"config.{name}": value for name, value in self.config.to_dict().items() if name != "device"},
         }  # fmt: skip
-        facts.pop("device")
         key = str(facts)
         if ring.size > 1 and key not in self._agreed:
             ring.agree(facts, q.device)
