@@ -147,8 +147,6 @@ if TYPE_CHECKING:
     from dilated_attention_nb.ring import (
         RingDilatedAttention as RingDilatedAttention,
         Traffic as Traffic,
-        bounded as bounded,
-        count_traffic as count_traffic,
         gather_sequence as gather_sequence,
         ring_worker as ring_worker,
         shard_sequence as shard_sequence,
@@ -363,8 +361,6 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "ring": (
         "RingDilatedAttention",
         "Traffic",
-        "bounded",
-        "count_traffic",
         "gather_sequence",
         "ring_worker",
         "shard_sequence",
@@ -521,7 +517,6 @@ __all__ = [
     "available_backends",
     "binary_length",
     "bits_per_byte",
-    "bounded",
     "branch_heads",
     "branch_mask",
     "branches_of_head",
@@ -554,7 +549,6 @@ __all__ = [
     "complaint",
     "compressed_bits_per_byte",
     "context_lengths",
-    "count_traffic",
     "create_dilated_attention",
     "create_multihead_dilated_attention",
     "demo",
