@@ -23,6 +23,8 @@ from dilated_attention_nb.config import (
     MIXINGS,
     OFFSETS,
     RAGGED,
+    RING_LAYOUTS,
+    RING_STRATEGIES,
     SPARSE_PATTERNS,
     Config,
     DilatedAttentionConfig,
@@ -150,6 +152,8 @@ BAD = [(cls, *row) for cls in ATTENTION for row in BAD_ATTENTION] + [
     (RingAttentionConfig, "ring_size", 0, ValueError, "at least 1"),
     (RingAttentionConfig, "ring_size", "4", TypeError, "str"),
     (RingAttentionConfig, "use_checkpointing", 0, TypeError, "int"),
+    (RingAttentionConfig, "strategy", "rings", ValueError, "did you mean 'ring'"),
+    (RingAttentionConfig, "layout", None, TypeError, "NoneType"),
     (SparseAttentionConfig, "pattern_type", "dilated", ValueError, "did you mean 'dilated_sparse'"),
     (SparseAttentionConfig, "pattern_type", None, TypeError, "NoneType"),
     (SparseAttentionConfig, "sparsity_ratio", 0, ValueError, "above 0"),
@@ -336,7 +340,8 @@ def test_every_field_takes_part_in_equality(cls):
     special = {
         "embed_dim": 128, "num_heads": 4, "num_kv_heads": 2, "ring_size": 2, "world_size": 2, "device": "cpu",
         "dtype": "float16", "mixing": "softmax", "offsets": "interleaved", "ragged": "mask", "backend": "gloo",
-        "pattern_type": "local_window", "eviction_policy": "lfu", "max_bytes": 2**20,
+        "pattern_type": "local_window", "eviction_policy": "lfu", "max_bytes": 2**20, "strategy": "ring",
+        "layout": "zigzag",
     }  # fmt: skip
     config = cls(**GOOD[cls])
     for field in dataclasses.fields(cls):
@@ -449,7 +454,13 @@ def attention_configs(draw):
         "device": draw(devices),
         "dtype": draw(dtypes),
     }
-    ring = {"block_size": draw(ints), "ring_size": draw(st.none() | ints), "use_checkpointing": draw(flags)}
+    ring = {
+        "block_size": draw(ints),
+        "ring_size": draw(st.none() | ints),
+        "use_checkpointing": draw(flags),
+        "strategy": draw(st.sampled_from(RING_STRATEGIES)),
+        "layout": draw(st.sampled_from(RING_LAYOUTS)),
+    }
     sparse = {
         "pattern_type": draw(st.sampled_from(SPARSE_PATTERNS)),
         "sparsity_ratio": draw(st.floats(0, 1, exclude_min=True)),
