@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         SPARSE_PATTERNS as SPARSE_PATTERNS,
         SparseAttentionConfig as SparseAttentionConfig,
         check_alike as check_alike,
+        check_block_size as check_block_size,
         check_branches as check_branches,
         check_choice as check_choice,
         check_device as check_device,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
         check_placement as check_placement,
         check_positive as check_positive,
         check_qkv as check_qkv,
+        check_ratio as check_ratio,
         check_scale as check_scale,
         complaint as complaint,
         nearest as nearest,
@@ -140,6 +142,13 @@ if TYPE_CHECKING:
     from dilated_attention_nb.improved import (
         ImprovedDilatedAttention as ImprovedDilatedAttention,
         dilated_attention as dilated_attention,
+    )
+    from dilated_attention_nb import block_sparse as block_sparse
+    from dilated_attention_nb.block_sparse import (
+        BlockPattern as BlockPattern,
+        PatternCache as PatternCache,
+        block_pattern as block_pattern,
+        block_sparse_attention as block_sparse_attention,
     )
     from dilated_attention_nb import multihead as multihead
     from dilated_attention_nb.multihead import (
@@ -239,6 +248,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "SPARSE_PATTERNS",
         "SparseAttentionConfig",
         "check_alike",
+        "check_block_size",
         "check_branches",
         "check_choice",
         "check_device",
@@ -257,6 +267,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "check_placement",
         "check_positive",
         "check_qkv",
+        "check_ratio",
         "check_scale",
         "complaint",
         "nearest",
@@ -344,6 +355,12 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "ImprovedDilatedAttention",
         "dilated_attention",
     ),
+    "block_sparse": (
+        "BlockPattern",
+        "PatternCache",
+        "block_pattern",
+        "block_sparse_attention",
+    ),
     "multihead": (
         "ATTENTIONS",
         "KINDS",
@@ -429,6 +446,7 @@ __all__ = [
     "AttentionCase",
     "BACKENDS",
     "Backend",
+    "BlockPattern",
     "Config",
     "Corpus",
     "DEFAULTS",
@@ -462,6 +480,7 @@ __all__ = [
     "PALETTE",
     "PAPER",
     "POSITIONS",
+    "PatternCache",
     "PeakMemory",
     "Piece",
     "RAGGED",
@@ -490,6 +509,8 @@ __all__ = [
     "available_backends",
     "binary_length",
     "bits_per_byte",
+    "block_pattern",
+    "block_sparse_attention",
     "branch_heads",
     "branch_mask",
     "branches_of_head",
@@ -498,6 +519,7 @@ __all__ = [
     "causal_mask",
     "check_against_oracle",
     "check_alike",
+    "check_block_size",
     "check_branches",
     "check_choice",
     "check_device",
@@ -516,6 +538,7 @@ __all__ = [
     "check_placement",
     "check_positive",
     "check_qkv",
+    "check_ratio",
     "check_scale",
     "choose_device",
     "clipped",

@@ -157,7 +157,13 @@ BAD = [(cls, *row) for cls in ATTENTION for row in BAD_ATTENTION] + [
     (SparseAttentionConfig, "sparsity_ratio", NAN, ValueError, "finite"),
     (SparseAttentionConfig, "sparsity_ratio", True, TypeError, "bool"),
     (SparseAttentionConfig, "block_size", -128, ValueError, "-128"),
+    (SparseAttentionConfig, "block_size", 100, ValueError, "use 112 or 96"),
+    (SparseAttentionConfig, "block_size", 128.0, TypeError, "128.0"),
     (SparseAttentionConfig, "enable_adaptive", None, TypeError, "NoneType"),
+    (SparseAttentionConfig, "enable_adaptive", True, ValueError, "only for it, got True with 'dilated_sparse'"),
+    (SparseAttentionConfig, "pattern_type", "adaptive", ValueError, "got False with 'adaptive'"),
+    (SparseAttentionConfig, "head_dim", 0, ValueError, "at least 1"),
+    (SparseAttentionConfig, "seed", -1, ValueError, "at least 0"),
     (DistributedConfig, "world_size", 0, ValueError, "at least 1"),
     (DistributedConfig, "world_size", 2.0, TypeError, "float"),
     (DistributedConfig, "rank", 0, ValueError, "give both"),
@@ -448,11 +454,14 @@ def attention_configs(draw):
         "dtype": draw(dtypes),
     }
     ring = {"block_size": draw(ints), "ring_size": draw(st.none() | ints), "use_checkpointing": draw(flags)}
+    pattern = draw(st.sampled_from(SPARSE_PATTERNS))
     sparse = {
-        "pattern_type": draw(st.sampled_from(SPARSE_PATTERNS)),
+        "pattern_type": pattern,
         "sparsity_ratio": draw(st.floats(0, 1, exclude_min=True)),
-        "block_size": draw(ints),
-        "enable_adaptive": draw(flags),
+        "block_size": 16 * draw(st.integers(1, 64)),
+        "enable_adaptive": pattern == "adaptive",
+        "head_dim": draw(st.none() | ints),
+        "seed": draw(st.integers(0, 2**31)),
     }
     cls, extra = draw(st.sampled_from([*zip(ATTENTION, ({}, ring, sparse))]))
     return cls(**fields, **extra)
