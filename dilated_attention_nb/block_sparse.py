@@ -465,21 +465,61 @@ def squares(
     return squares(rows[:m], kept[:m], at[:m], below) + squares(rows[m:], kept[m:], at[m:], below)
 
 # %% ../nbs/08_block_sparse.ipynb #f6556672
+class Span:
+    "Blocks `[t, k]` and how to reach them: `step` apart if one stride describes them, else by `index`."
+
+    def __init__(self, blocks: np.ndarray) -> None:
+        self.blocks, (self.t, self.k) = blocks, blocks.shape
+        starts = np.diff(blocks[:, 0])
+        even = (np.diff(blocks, axis=1) == 1).all() and (starts == starts[:1]).all() and (starts >= 0).all()
+        self.step = -1 if not even else int(starts[0]) if self.t > 1 else 0
+        self.first, self.index = int(blocks[0, 0]), torch.from_numpy(blocks.reshape(-1).astype(np.int64))
+        one = self.t == 1 or self.step == self.k
+        self.run = slice(self.first, self.first + self.t * self.k) if even and one else None
+
+    def runs(self) -> list[tuple[slice, slice]]:
+        "Pairs of slices, of the flat list of blocks and of the blocks that they are."
+        if self.run:
+            return [(slice(0, self.t * self.k), self.run)]
+        cuts = np.flatnonzero(np.diff(self.blocks.reshape(-1)) != 1) + 1
+        ends = [0, *cuts.tolist(), self.t * self.k]
+        found = self.blocks.reshape(-1)
+        return [(slice(a, b), slice(int(found[a]), int(found[a]) + b - a)) for a, b in zip(ends, ends[1:])]
+
+
 @dataclass(frozen=True)
 class Batch:
-    "Rectangles of one size: rows (places in their portion) and columns (blocks), ascending."
+    "Rectangles of one size, ascending, and where their results go in their portion."
 
-    rows: np.ndarray  # [rectangles, rows]
-    cols: np.ndarray  # [rectangles, cols]
+    rows: Span  # [rectangles, rows]
+    cols: Span  # [rectangles, cols]
     is_causal: bool
+    moves: tuple[tuple[slice, slice, bool], ...]  # of the flat results, in the portion, whether they are the first
 
 
 @dataclass(frozen=True)
 class Portion:
     "Rows of blocks that are computed together, and what they see."
 
-    rows: np.ndarray
+    rows: Span  # [1, rows]
     batches: tuple[Batch, ...]
+    empty: Tensor  # places that get nothing
+    regular: bool  # rows share columns
+
+
+def portion(rows: np.ndarray, parts: list[tuple[np.ndarray, np.ndarray, bool]], regular: bool) -> Portion:
+    "From parts `(places [t, r], cols [t, k], is_causal)`: what comes first to a place is stored, the rest combined."
+    filled, batches = np.zeros(len(rows), bool), []
+    for places, cols, is_causal in parts:
+        moves = []
+        for flat, there in Span(places).runs():
+            cuts = [a for a in range(there.start + 1, there.stop) if filled[a] != filled[a - 1]]
+            for a, b in zip([there.start, *cuts], [*cuts, there.stop]):
+                at = flat.start + a - there.start
+                moves.append((slice(at, at + b - a), slice(a, b), not filled[a]))
+        filled[places] = True
+        batches.append(Batch(Span(rows[places]), Span(cols), is_causal, tuple(moves)))
+    return Portion(Span(rows[None]), tuple(batches), torch.from_numpy(np.flatnonzero(~filled)), regular)
 
 
 class Lists:
@@ -538,14 +578,11 @@ def _portions(lists: Lists, at: np.ndarray, cols: int, swapped: bool, group: int
         order = np.lexsort((at < 0, num))
         for rows in np.split(order, np.flatnonzero(np.diff(num[order] * 2 + (at[order] < 0))) + 1):
             size = int(num[rows[0]])
-            for some in np.array_split(rows, -(-len(rows) * max(1, size) // room)):
-                if len(some):
-                    places, batches = np.arange(len(some))[:, None], []
-                    if size:
-                        batches.append(Batch(places, index[some, :size].astype(np.int64), False))
-                    if at[some[0]] >= 0:
-                        batches.append(Batch(places, at[some][:, None], True))
-                    yield Portion(some, tuple(batches))
+            for some in np.array_split(rows, min(len(rows), -(-len(rows) * size // room) or 1)):
+                places = np.arange(len(some))[:, None]
+                parts = [(places, index[some, :size], False)] if size else []
+                parts += [(places, at[some][:, None], True)] if at[some[0]] >= 0 else []
+                yield portion(some, parts, False)
         return
     below = np.tri(group, k=-1, dtype=bool)
     below = below.T if swapped else below
@@ -560,8 +597,8 @@ def _portions(lists: Lists, at: np.ndarray, cols: int, swapped: bool, group: int
             sizes: dict[tuple[int, int, bool], list[Any]] = {}
             for r, c, causal in found:
                 sizes.setdefault((len(r), len(c), causal), []).append((r, c))
-            made = [Batch(np.stack([r for r, _ in t]), np.stack([c for _, c in t]), s[2]) for s, t in sizes.items()]
-            yield Portion(rows, tuple(sorted(made, key=lambda batch: -batch.rows.size)))
+            made = [(np.stack([r for r, _ in t]), np.stack([c for _, c in t]), s[2]) for s, t in sizes.items()]
+            yield portion(rows, sorted(made, key=lambda part: -part[0].size), True)
 
 
 def plan(
@@ -593,29 +630,19 @@ class Scratch:
             buffer = self.buffers[name, dtype] = torch.empty(size, dtype=dtype, device=self.device)
         return buffer[:size].view(shape)
 
-    def index(self, blocks: np.ndarray) -> Tensor:
-        "Blocks as an index tensor."
-        return torch.from_numpy(blocks.reshape(-1).astype(np.int64)).to(self.device)
 
-
-def run(blocks: np.ndarray) -> slice | None:
-    "The blocks as a slice, if they are successive."
-    flat = blocks.reshape(-1)
-    return slice(int(flat[0]), int(flat[-1]) + 1) if (np.diff(flat) == 1).all() else None
-
-
-def read(space: Scratch, name: str, x: Tensor, blocks: np.ndarray, dtype: torch.dtype) -> Tensor:
+def read(space: Scratch, name: str, x: Tensor, blocks: Span, dtype: torch.dtype) -> Tensor:
     "Blocks `[t, k]` of `x` `[blocks, tokens, ...]` -> `[t, k * tokens, ...]`: a view if one stride describes them."
-    (t, k), (size, *rest) = blocks.shape, x.shape[1:]
-    starts = np.diff(blocks[:, 0])
-    if (np.diff(blocks, axis=1) == 1).all() and (starts == starts[:1]).all() and (starts >= 0).all():
-        step, first = int(starts[0]) if t > 1 else 0, x[int(blocks[0, 0])]
-        view = first.as_strided((t, k * size, *rest), (step * x.stride(0), *x.stride()[1:]))
+    size, *rest = x.shape[1:]
+    if blocks.step >= 0:
+        strides = (blocks.step * x.stride(0), *x.stride()[1:])
+        view = x[blocks.first].as_strided((blocks.t, blocks.k * size, *rest), strides)
         return view if dtype == x.dtype else space(name, view.shape, dtype).copy_(view)
-    found = torch.index_select(x, 0, space.index(blocks), out=space(name, (t * k, size, *rest), x.dtype))
+    shape = (blocks.t * blocks.k, size, *rest)
+    found = torch.index_select(x, 0, blocks.index.to(x.device), out=space(name, shape, x.dtype))
     if dtype != x.dtype:
-        found = space(name, found.shape, dtype).copy_(found)
-    return found.view(t, k * size, *rest)
+        found = space(name, shape, dtype).copy_(found)
+    return found.view(blocks.t, blocks.k * size, *rest)
 
 # %% ../nbs/08_block_sparse.ipynb #b7c386b4
 @dataclass(frozen=True)
@@ -628,81 +655,71 @@ class Work:
     mask: Tensor | None = None  # padding, [blocks of keys, tokens]
     masked: np.ndarray | None = None  # the blocks of keys that have padding
 
-    def padding(self, cols: np.ndarray) -> Tensor | None:
+    def padding(self, cols: Span) -> Tensor | None:
         "The padding of the keys of a batch, None if there is none."
-        if self.mask is None or self.masked is None or not self.masked[cols].any():
+        if self.mask is None or self.masked is None or not self.masked[cols.blocks].any():
             return None
-        return self.mask[self.space.index(cols)].view(len(cols), -1)
+        return self.mask[cols.index.to(self.mask.device)].view(cols.t, -1)
+
+    def near(self, name: str, x: Tensor, portions: Sequence[Portion], dtype: torch.dtype) -> Tensor:
+        "`x` itself, or where it will be copied block by block, a copy whose blocks lie in one piece."
+        if not portions or portions[0].regular or x.device.type != "cpu":
+            return x
+        return self.space("near " + name, x.shape, dtype).copy_(x)
 
 
-class Sums:
-    "The rows of a portion, stored where nothing is yet, else combined; in place if the target takes them."
+Combine = Callable[[list[Tensor], list[Tensor]], None]
 
-    def __init__(
-        self, space: Scratch, rows: np.ndarray, targets: Sequence[Tensor], dtypes: Sequence[torch.dtype]
-    ) -> None:
-        self.space, self.rows, self.targets, self.where = space, rows, targets, run(rows)
-        self.direct = self.where is not None and all(t.dtype == d for t, d in zip(targets, dtypes))
-        self.parts = [
-            t[self.where] if self.direct else space(f"sum {i}", (len(rows), *t.shape[1:]), d)
-            for i, (t, d) in enumerate(zip(targets, dtypes))
-        ]
-        self.filled = np.zeros(len(rows), bool)
 
-    def put(self, places: np.ndarray, values: Sequence[Tensor], combine: Callable[..., None]) -> None:
-        "Values `[t, r * tokens, ...]` for places `[t, r]`."
-        values = [v.unflatten(1, (places.shape[1], -1)).flatten(0, 1) for v in values]
-        old = self.filled[places].all(1)
-        new = ~self.filled[places].any(1)
-        if run(places) is not None and (old.all() or new.all()):
-            self._put(run(places), values, combine)
-            return
-        for t, row in enumerate(places):
-            mine = [v.unflatten(0, places.shape)[t] for v in values]
-            for cut in (
-                [slice(0, len(row))] if (old | new)[t] and run(row) else [slice(i, i + 1) for i in range(len(row))]
-            ):
-                self._put(run(row[cut]), [v[cut] for v in mine], combine)
-
-    def _put(self, at: slice | None, values: Sequence[Tensor], combine: Callable[..., None]) -> None:
-        assert at is not None
-        if self.filled[at].any():
-            combine(*(p[at] for p in self.parts), *values)
-        else:
-            for part, value in zip(self.parts, values):
-                part[at].copy_(value)
-        self.filled[at] = True
-
-    def finish(self, *empty: float) -> None:
-        "Fill the rows that got nothing, and hand over."
-        if not self.filled.all():
-            rows = self.space.index(np.flatnonzero(~self.filled))
-            for part, value in zip(self.parts, empty):
-                part.index_fill_(0, rows, value)
-        for target, part in zip(self.targets, () if self.direct else self.parts):
-            if self.where is not None:
-                target[self.where].copy_(part)
-            else:
-                target.index_copy_(0, self.space.index(self.rows), part.to(target.dtype))
+def collect(
+    targets: list[Tensor], wide: list[torch.dtype], p: Portion, results: Iterator[Sequence[Tensor]], combine: Combine,
+    empty: tuple[float, float], space: Scratch,
+) -> None:  # fmt: skip
+    "Store or combine the results of a portion's batches, `[t, rows * tokens, ...]`, and leave them in the targets."
+    run, index = p.rows.run, p.rows.index.to(targets[0].device)
+    direct = run is not None and all(x.dtype == dtype for x, dtype in zip(targets, wide))
+    shapes = [(p.rows.k, *x.shape[1:]) for x in targets]
+    parts = [x[run] for x in targets] if direct else []
+    for batch, values in zip(p.batches, results):
+        flat = [x.unflatten(1, (batch.rows.k, -1)).flatten(0, 1) for x in values]
+        if not direct and len(p.batches) == 1 and batch.moves == ((slice(0, p.rows.k), slice(0, p.rows.k), True),):
+            parts = flat  # the only ones
+            break
+        parts = parts or [space(f"part {i}", shape, dtype) for i, (shape, dtype) in enumerate(zip(shapes, wide))]
+        for source, there, first in batch.moves:
+            old, new = [x[there] for x in parts], [x[source] for x in flat]
+            if not first:
+                combine(old, new)
+                continue
+            for x, y in zip(old, new):
+                x.copy_(y)
+    parts = parts or [space(f"part {i}", shape, dtype) for i, (shape, dtype) in enumerate(zip(shapes, wide))]
+    if len(p.empty):
+        for part, value in zip(parts, empty):
+            part.index_fill_(0, p.empty.to(part.device), value)
+    for target, part in zip(targets, () if direct else parts):
+        target[run].copy_(part) if run is not None else target.index_copy_(0, index, part.to(target.dtype))
 
 
 def forward_head(
     out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, portions: Sequence[Portion], w: Work
 ) -> None:
     "Leave merged out and lse in `out` and `lse`."
+    k, v = (w.near(name, x, portions, x.dtype) for name, x in (("k", k), ("v", v)))
 
-    def combine(out: Tensor, lse: Tensor, o: Tensor, l: Tensor) -> None:
-        o = o if o.dtype == out.dtype else w.space("o", o.shape, out.dtype).copy_(o)
-        out.lerp_(o, merge_lse_(lse, l).to(out.dtype))
-
-    for portion in portions:
-        sums = Sums(w.space, portion.rows, (out, lse), (lse.dtype, lse.dtype))
-        for b in portion.batches:
-            tensors = (("q", q, portion.rows[b.rows]), ("k", k, b.cols), ("v", v, b.cols))
+    def results(p: Portion) -> Iterator[Sequence[Tensor]]:
+        for b in p.batches:
+            tensors = (("q", q, b.rows), ("k", k, b.cols), ("v", v, b.cols))
             gq, gk, gv = (read(w.space, name, x, blocks, x.dtype) for name, x, blocks in tensors)
-            values = attend_forward(gq, gk, gv, b.is_causal, w.padding(b.cols), w.scale, w.backend)
-            sums.put(b.rows, values, combine)
-        sums.finish(0.0, -inf)
+            yield attend_forward(gq, gk, gv, b.is_causal, w.padding(b.cols), w.scale, w.backend)
+
+    def combine(old: list[Tensor], new: list[Tensor]) -> None:
+        (o, l), (more, lse) = old, new
+        more = more if more.dtype == o.dtype else w.space("more", more.shape, o.dtype).copy_(more)
+        o.lerp_(more, merge_lse_(l, lse).to(o.dtype))
+
+    for p in portions:
+        collect([out, lse], [lse.dtype, lse.dtype], p, results(p), combine, (0.0, -inf), w.space)
 
 
 def backward_head(
@@ -710,30 +727,38 @@ def backward_head(
     portions: Sequence[Portion], w: Work,
 ) -> None:  # fmt: skip
     "Add to `dq`, which is wide; leave dk and dv. The rows of a portion are blocks of keys."
-
-    def combine(dk: Tensor, dv: Tensor, *more: Tensor) -> None:
-        dk.add_(more[0])
-        dv.add_(more[1])
-
     half = q.element_size() == 2 and q.device.type == "cpu"
-    for portion in portions:
-        sums = Sums(w.space, portion.rows, (dk, dv), (dq.dtype, dq.dtype))
-        for b in portion.batches:
-            keys = portion.rows[b.rows]
-            small = min(keys.shape[1], b.cols.shape[1]) * q.shape[1] < 512
-            dtype = dq.dtype if half and small else q.dtype
-            tensors = (("dout", dout, b.cols), ("q", q, b.cols), ("k", k, keys), ("v", v, keys), ("out", out, b.cols))
-            do, gq, gk, gv, o = (read(w.space, name, x, blocks, dtype) for name, x, blocks in tensors)
+    tensors = (("dout", dout), ("q", q), ("out", out), ("lse", lse))
+    dout, q, out, lse = (w.near(n, x, portions, dq.dtype if half else x.dtype) for n, x in tensors)
+
+    def results(p: Portion) -> Iterator[Sequence[Tensor]]:
+        for b in p.batches:
+            small = min(b.rows.k, b.cols.k) * q.shape[1] < 512
+            dtype = dq.dtype if half and (small or q.dtype == dq.dtype) else q.dtype
+            tensors = (
+                ("dout", dout, b.cols),
+                ("q", q, b.cols),
+                ("out", out, b.cols),
+                ("k", k, b.rows),
+                ("v", v, b.rows),
+            )
+            do, gq, o, gk, gv = (read(w.space, name, x, blocks, dtype) for name, x, blocks in tensors)
             l = read(w.space, "lse", lse, b.cols, lse.dtype)
-            given = attend_backward(do, gq, gk, gv, o, l, b.is_causal, w.padding(keys), w.scale, w.backend)
-            sums.put(b.rows, given[1:], combine)
-            for blocks, part in zip(b.cols, given[0].unflatten(1, (b.cols.shape[1], -1))):
-                if (there := run(blocks)) is not None:
-                    dq[there].add_(part)
-                else:
-                    for block, one in zip(blocks.tolist(), part):
-                        dq[block].add_(one)
-        sums.finish(0.0, 0.0)
+            g, *more = attend_backward(do, gq, gk, gv, o, l, b.is_causal, w.padding(b.rows), w.scale, w.backend)
+            g = g.unflatten(1, (b.cols.k, -1)).flatten(0, 1)
+            if b.cols.step < 0:
+                dq.index_add_(0, b.cols.index.to(dq.device), g.to(dq.dtype))
+            else:
+                for source, there in b.cols.runs():
+                    dq[there].add_(g[source])
+            yield more
+
+    def combine(old: list[Tensor], new: list[Tensor]) -> None:
+        for x, y in zip(old, new):
+            x.add_(y)
+
+    for p in portions:
+        collect([dk, dv], [dq.dtype, dq.dtype], p, results(p), combine, (0.0, 0.0), w.space)
 
 # %% ../nbs/08_block_sparse.ipynb #06a98c9f
 def _blocks(x: Tensor, size: int) -> Tensor:
