@@ -146,13 +146,18 @@ if TYPE_CHECKING:
     from dilated_attention_nb import block_sparse as block_sparse
     from dilated_attention_nb.block_sparse import (
         BlockPattern as BlockPattern,
+        BlockScorer as BlockScorer,
+        BlockSparseAttention as BlockSparseAttention,
         PatternCache as PatternCache,
         block_pattern as block_pattern,
         block_sparse_attention as block_sparse_attention,
+        pooled as pooled,
+        straight_through as straight_through,
     )
     from dilated_attention_nb import multihead as multihead
     from dilated_attention_nb.multihead import (
         ATTENTIONS as ATTENTIONS,
+        CONFIGS as CONFIGS,
         KINDS as KINDS,
         LONGEST_WEIGHTS as LONGEST_WEIGHTS,
         MultiheadDilatedAttention as MultiheadDilatedAttention,
@@ -357,12 +362,17 @@ _NAMES: dict[str, tuple[str, ...]] = {
     ),
     "block_sparse": (
         "BlockPattern",
+        "BlockScorer",
+        "BlockSparseAttention",
         "PatternCache",
         "block_pattern",
         "block_sparse_attention",
+        "pooled",
+        "straight_through",
     ),
     "multihead": (
         "ATTENTIONS",
+        "CONFIGS",
         "KINDS",
         "LONGEST_WEIGHTS",
         "MultiheadDilatedAttention",
@@ -447,6 +457,9 @@ __all__ = [
     "BACKENDS",
     "Backend",
     "BlockPattern",
+    "BlockScorer",
+    "BlockSparseAttention",
+    "CONFIGS",
     "Config",
     "Corpus",
     "DEFAULTS",
@@ -597,6 +610,7 @@ __all__ = [
     "plot_reach",
     "plot_schedule",
     "plot_training",
+    "pooled",
     "reached",
     "read_corpus",
     "read_metrics",
@@ -614,6 +628,7 @@ __all__ = [
     "stage_of",
     "start_run",
     "state_tensors",
+    "straight_through",
     "table",
     "text_files",
     "tiles",
