@@ -1054,6 +1054,10 @@ class BlockSparseAttention(nn.Module):
                 raise ValueError(complaint(name, f"be {value!r} in block-sparse attention", repr(got), "leave it out"))
         if config.ragged == "zeros":
             raise ValueError(complaint("ragged", "not be 'zeros' in block-sparse attention", "'zeros'", "use 'mask'"))
+        if config.enable_adaptive != (config.pattern_type == "adaptive"):
+            rule = "be True for pattern_type 'adaptive', and only for it"
+            got = f"{config.enable_adaptive} with {config.pattern_type!r}"
+            raise ValueError(complaint("enable_adaptive", rule, got, "change one of the two"))
         self.config, self.cache = config, PatternCache() if cache is None else cache
         self.scorer: BlockScorer | None = None
         if config.enable_adaptive:

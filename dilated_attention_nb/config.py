@@ -457,10 +457,7 @@ class SparseAttentionConfig(DilatedAttentionConfig):
             check_block_size("block_size", self.block_size),
         )
         self._store(sparsity_ratio=ratio, block_size=size, seed=check_int("seed", self.seed, low=0))
-        if check_flag("enable_adaptive", self.enable_adaptive) != (self.pattern_type == "adaptive"):
-            rule = "be True for pattern_type 'adaptive', and only for it"
-            got = f"{self.enable_adaptive} with {self.pattern_type!r}"
-            raise ValueError(complaint("enable_adaptive", rule, got, "change one of the two"))
+        check_flag("enable_adaptive", self.enable_adaptive)
         if self.head_dim is not None:
             self._store(head_dim=check_int("head_dim", self.head_dim))
 
