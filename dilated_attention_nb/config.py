@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['MIXINGS', 'OFFSETS', 'RAGGED', 'BACKENDS', 'RING_STRATEGIES', 'RING_LAYOUTS', 'SPARSE_PATTERNS',
            'DISTRIBUTED_BACKENDS', 'EVICTION_POLICIES', 'FLOAT_DTYPES', 'complaint', 'shown', 'check_int',
-           'check_number', 'check_positive', 'check_dropout', 'check_scale', 'check_flag', 'nearest', 'check_choice',
-           'check_ints', 'check_branches', 'check_heads', 'valid_lengths', 'check_length', 'check_floats',
-           'check_alike', 'check_padding', 'check_qkv', 'check_device', 'check_dtype', 'check_home', 'check_placement',
-           'Config', 'check_config', 'DilatedAttentionConfig', 'check_head_dim', 'check_kv_heads', 'MultiheadConfig',
-           'RingAttentionConfig', 'SparseAttentionConfig', 'DistributedConfig', 'MemoryPoolConfig']
+           'check_number', 'check_positive', 'check_ratio', 'check_block_size', 'check_dropout', 'check_scale',
+           'check_flag', 'nearest', 'check_choice', 'check_ints', 'check_branches', 'check_heads', 'valid_lengths',
+           'check_length', 'check_floats', 'check_alike', 'check_padding', 'check_qkv', 'check_device', 'check_dtype',
+           'check_home', 'check_placement', 'Config', 'check_config', 'DilatedAttentionConfig', 'check_head_dim',
+           'check_kv_heads', 'MultiheadConfig', 'RingAttentionConfig', 'SparseAttentionConfig', 'DistributedConfig',
+           'MemoryPoolConfig']
 
 # %% ../nbs/00_config.ipynb #3d0f6ed4
 import dataclasses
@@ -65,6 +66,22 @@ def check_positive(name: str, value: Any) -> float:
     return number
 
 
+def check_ratio(name: str, value: Any) -> float:
+    "`value` as a float in (0, 1]: the share that is kept."
+    if not (number := check_positive(name, value)) <= 1:
+        raise ValueError(complaint(name, "be at most 1", value, "it is the share kept; 1 keeps all"))
+    return number
+
+
+def check_block_size(name: str, value: Any) -> int:
+    "`value` as a positive multiple of 16, which all fused kernels take."
+    if check_int(name, value) % 16:
+        below, above = value // 16 * 16, -(-value // 16) * 16
+        advice = f"use {above}" + (f" or {below}" if below else "")
+        raise ValueError(complaint(name, "be a positive multiple of 16", value, advice))
+    return int(value)
+
+
 def check_dropout(name: str, p: Any) -> float:
     "`p` as a float in [0, 1): the share of entries that training sets to 0."
     if not 0 <= (number := check_number(name, p)) < 1:
@@ -90,7 +107,9 @@ RAGGED = ("error", "mask", "zeros")  # what happens at lengths that a segment le
 BACKENDS = ("auto", "math", "flash", "efficient", "cudnn", "flash_attn")  # who computes a part of the attention
 RING_STRATEGIES = ("auto", "ring", "gather")  # how keys and values travel: from neighbour to neighbour, or all at once
 RING_LAYOUTS = ("contiguous", "zigzag")  # what a rank holds: one chunk of the sequence, or an early and a late one
-SPARSE_PATTERNS = ("dilated_sparse", "local_window", "global_local")
+SPARSE_PATTERNS = (  # which blocks block-sparse attention keeps
+    "dilated_sparse", "local_window", "global_local", "strided", "random", "hierarchical", "adaptive",
+)  # fmt: skip
 DISTRIBUTED_BACKENDS = ("nccl", "gloo", "mpi", "ucc", "cpu:gloo,cuda:nccl")
 EVICTION_POLICIES = ("lru", "lfu", "adaptive")
 
@@ -462,17 +481,19 @@ class SparseAttentionConfig(DilatedAttentionConfig):
 
     pattern_type: str = "dilated_sparse"  # which blocks are kept: one of SPARSE_PATTERNS
     sparsity_ratio: float = 0.25  # share of the blocks that is kept, above 0 and at most 1
-    block_size: int = 128  # tokens along the side of a block
-    enable_adaptive: bool = False  # choose blocks by their content, not by their places alone
+    block_size: int = 128  # tokens along the side of a block, a multiple of 16
+    enable_adaptive: bool = False  # choose blocks by their content: for pattern_type "adaptive", and only for it
+    head_dim: int | None = None  # width of a head, which "adaptive" needs for what it learns
+    seed: int = 0  # of the pattern "random", at least 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check(check_choice, "pattern_type", choices=SPARSE_PATTERNS)
-        self._check(check_positive, "sparsity_ratio")
-        self._check(check_int, "block_size")
+        self._check(check_ratio, "sparsity_ratio")
+        self._check(check_block_size, "block_size")
+        self._check(check_int, "head_dim")
+        self._check(check_int, "seed", low=0)
         self._check(check_flag, "enable_adaptive")
-        if (ratio := self.sparsity_ratio) > 1:
-            raise ValueError(complaint("sparsity_ratio", "be at most 1", ratio, "it is the share kept; 1 keeps all"))
 
 # %% ../nbs/00_config.ipynb #fb96cf72
 @dataclass(frozen=True)

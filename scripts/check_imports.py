@@ -28,7 +28,7 @@ ONLY = {
     "memory_pool": {"config"},
     "masking": {"config"},
     "partial": {"config", "masking"},
-    "block_sparse": {"config", "masking", "partial"},
+    "block_sparse": {"config", "plotting", "masking", "partial"},  # plotting: for BlockPattern.plot alone
     "ring": {"config", "memory_pool", "masking", "partial"},
     "block_sparse_ring": {"config", "memory_pool", "masking", "partial", "block_sparse", "ring"},
 }
