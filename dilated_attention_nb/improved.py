@@ -156,7 +156,7 @@ def portion_size(q: Tensor, backward: bool) -> int:
     "Numbers in the queries of a portion."
     if q.device.type != "cpu":
         return 2**27
-    return 2**21 if backward and q.element_size() <= 2 else 2**23
+    return 2**22 if backward and q.element_size() <= 2 else 2**23
 
 
 def portions(
@@ -357,7 +357,7 @@ def _options(
 ) -> Options:  # fmt: skip
     name = resolve_backend(backend, q, mask is not None)
     every = ("dout", "q", "k", "v", "out")
-    copy = () if q.device.type != "cpu" else every if q.element_size() > 2 else ("q",)
+    copy = () if q.device.type != "cpu" else every if backward or q.element_size() > 2 else ("q",)
     zeros = ragged == "zeros" and not is_causal
     branches = tuple(segment_lengths), tuple(dilation_rates)
     return Options(*branches, is_causal, mixing, offsets, zeros, scale, name, portion_size(q, backward), copy)
