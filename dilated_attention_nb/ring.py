@@ -96,6 +96,11 @@ class Lane:
     offset: int
 
 
+def shifted(heads: range, low: int) -> range:
+    "The heads counted from `low`."
+    return range(heads.start - low, heads.stop - low, heads.step)
+
+
 @dataclass(frozen=True)
 class Strip:
     "What a chunk has of a branch: some whole segments, or a part of one."
@@ -141,12 +146,35 @@ class Task:
     is_causal: bool
     masked: bool
     strategy: str
+    first: int = 0  # key/value head of a portion of heads
+    last: int | None = None  # end of the portion, None: all heads
+
+    @property
+    def portion(self) -> tuple[slice, slice]:
+        "The query heads and the key/value heads of the portion."
+        repeat, last = self.num_heads // self.kv_heads, self.kv_heads if self.last is None else self.last
+        return slice(self.first * repeat, last * repeat), slice(self.first, last)
 
     def lanes(self, branch: int) -> tuple[Lane, ...]:
-        "The heads of a branch."
+        "The heads of a branch, counted from the first of the portion."
         heads = branch_heads(self.num_heads, branch, self.dilation_rates, self.mixing, self.offsets)
-        repeat = self.num_heads // self.kv_heads
-        return tuple(Lane(q, kv, offset) for members, offset in heads for q, kv in kv_runs(members, repeat))
+        repeat, (q_heads, kv_heads) = self.num_heads // self.kv_heads, self.portion
+        found = []
+        for members, offset in heads:
+            inside = [head for head in members if q_heads.start <= head < q_heads.stop]
+            run = range(inside[0], inside[-1] + 1, members.step) if inside else range(0)
+            for q, kv in kv_runs(run, repeat):
+                if q:
+                    found.append(Lane(shifted(q, q_heads.start), shifted(kv, kv_heads.start), offset))
+        return tuple(found)
+
+    def portions(self, device: torch.device, dtype: torch.dtype) -> tuple["Task", ...]:
+        "The task for some heads after the other, so that their float32 sums stay small beside the tensors themselves."
+        size = 2**27 if device.type != "cpu" else 2**21 if dtype.itemsize <= 2 else 2**23
+        numbers = self.batch * self.place.n // self.place.ring_size * self.head_dim * (self.num_heads // self.kv_heads)
+        step = min(max(1, size // numbers), self.kv_heads)
+        cuts = range(0, self.kv_heads, step)
+        return tuple(replace(self, first=a, last=min(a + step, self.kv_heads)) for a in cuts)
 
     def strips(self, rank: int) -> Iterator[Strip]:
         "What a rank holds, by branch."
@@ -700,7 +728,7 @@ class Worker(Tiles):
             guests = self.turn(guests, sends, receives, self.keep)
             if self.keep:
                 kept |= guests
-        return out.div_(self.divisor).to(q.dtype), lse, kept
+        return out.div_(self.divisor), lse, kept
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None,
@@ -740,7 +768,7 @@ class Worker(Tiles):
                 guests = {m.block: kept[m.block] for m in self.plan.receives(step + 1, False)}
             else:
                 guests = self.turn(guests, sends, receives, False)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+        return [dq, dk, dv]
 
 # %% ../nbs/09_ring.ipynb #a0e5f975
 @contextmanager
@@ -800,28 +828,68 @@ def run_together(schedules: Sequence[Steps]) -> list[Any]:
     return results
 
 
-class Together:
+class Runner:
+    "Runs a call, a portion of heads at a time."
+
+    def __init__(self, tasks: Sequence[Task], use_tf32: bool) -> None:
+        self.tasks, self.use_tf32 = tasks, use_tf32
+
+    def run(self, at: int, name: str, *tensors: Any) -> Any:
+        "What the schedules `name` of portion `at` return."
+        raise NotImplementedError
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, dict[Any, Tensor]]:
+        "Merged out and lse, and the blocks that are kept."
+        wide = torch.promote_types(q.dtype, torch.float32)
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=wide)
+        kept: dict[Any, Tensor] = {}
+        for at, task in enumerate(self.tasks):
+            qs, ks = task.portion
+            o, l, came = self.run(at, "forward", q[:, :, qs], k[:, :, ks], v[:, :, ks], mask)
+            if len(self.tasks) == 1:
+                out, lse = o.to(q.dtype), l
+            else:
+                out[:, :, qs], lse[:, :, qs] = o, l
+            kept |= {(at, key): x for key, x in came.items()}
+        return out, lse, kept
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None,
+        kept: dict[Any, Tensor],
+    ) -> list[Tensor]:  # fmt: skip
+        "dq, dk, dv."
+        grads = [torch.empty_like(x) for x in (q, k, v)] if len(self.tasks) > 1 else []
+        for at, task in enumerate(self.tasks):
+            qs, ks = task.portion
+            parts = dout[:, :, qs], q[:, :, qs], k[:, :, ks], v[:, :, ks], out[:, :, qs], lse[:, :, qs]
+            came = {key: x for (i, key), x in kept.items() if i == at}
+            found = self.run(at, "backward", *parts, mask, came)
+            if not grads:
+                return [found.pop(0).to(q.dtype) for _ in range(3)]
+            for grad, heads in zip(grads, (qs, ks, ks)):
+                grad[:, :, heads] = found.pop(0)
+        return grads
+
+
+class Together(Runner):
     "Runs all ranks of a ring in this process."
 
-    def __init__(self, task: Task, workers: list[Worker], use_tf32: bool) -> None:
-        self.place, self.workers, self.use_tf32 = task.place, workers, use_tf32
+    def __init__(self, workers: list[list[Worker]], use_tf32: bool) -> None:
+        super().__init__([ranks[0].task for ranks in workers], use_tf32)
+        self.workers = workers
 
-    def shards(self, *tensors: Any) -> list[list[Any]]:
-        "What each rank holds of the tensors."
-        return [[None if x is None else self.place.take(x, w.plan.rank) for x in tensors] for w in self.workers]
-
-    def forward(self, *inputs: Tensor | None) -> tuple[Tensor, Tensor, dict[Any, Tensor]]:
-        found = run_together([w.forward(*shard) for w, shard in zip(self.workers, self.shards(*inputs))])
-        out, lse = (self.place.join([one[i] for one in found]) for i in range(2))
-        return out, lse, {(rank, block): x for rank, one in enumerate(found) for block, x in one[2].items()}
-
-    def backward(self, *tensors: Any) -> tuple[Tensor, ...]:
-        inputs, kept = tensors[:-1], tensors[-1]
-        schedules = []
-        for worker, shard in zip(self.workers, self.shards(*inputs)):
-            own = {block: x for (rank, block), x in kept.items() if rank == worker.plan.rank}
-            schedules.append(worker.backward(*[*shard, own]))
-        return tuple(self.place.join(grads) for grads in zip(*run_together(schedules)))
+    def run(self, at: int, name: str, *tensors: Any) -> Any:
+        place, schedules = self.tasks[at].place, []
+        for rank, worker in enumerate(self.workers[at]):
+            shard = [place.take(x, rank) if isinstance(x, Tensor) else x for x in tensors]
+            if name == "backward":
+                shard[-1] = {block: x for (owner, block), x in tensors[-1].items() if owner == rank}
+            schedules.append(getattr(worker, name)(*shard))
+        found = run_together(schedules)
+        if name == "backward":
+            return [place.join(grads) for grads in zip(*found)]
+        kept = {(rank, block): x for rank, (_, _, came) in enumerate(found) for block, x in came.items()}
+        return place.join([out for out, *_ in found]), place.join([lse for _, lse, _ in found]), kept
 
 
 def make_task(
@@ -866,12 +934,12 @@ def simulate_ring(
     check_int("ring_size", ring_size)
     check_inputs(config, q, k, v, key_padding_mask, is_causal)
     task = make_task(config, ring_size, q.shape, k.shape[2], key_padding_mask is not None, is_causal)
-    backend = resolve_backend("auto", q, task.masked)
+    backend, scale, buffers = resolve_backend("auto", q, task.masked), q.shape[3] ** -0.5, Buffers(q.device)
     workers = [
-        Worker(task, make_plan(task, rank), q.shape[3] ** -0.5, backend, config, Buffers(q.device), record)
-        for rank in range(ring_size)
+        [Worker(one, make_plan(one, rank), scale, backend, config, buffers, record) for rank in range(ring_size)]
+        for one in task.portions(q.device, q.dtype)
     ]
-    return Attention.apply(q, k, v, key_padding_mask, Together(task, workers, config.use_tf32))
+    return Attention.apply(q, k, v, key_padding_mask, Together(workers, config.use_tf32))
 
 # %% ../nbs/09_ring.ipynb #9a2193b9
 _FACTS = 4096  # bytes
@@ -972,25 +1040,20 @@ class Ring:
                 raise ValueError(complaint(name, "be the same on all ranks of a ring", got, "call all ranks alike"))
 
 
-class Apart:
+class Apart(Runner):
     "Runs the share of this rank, with its neighbours in other processes."
 
-    def __init__(self, ring: Ring, worker: Worker, use_tf32: bool, dtype: torch.dtype) -> None:
-        self.ring, self.worker, self.use_tf32 = ring, worker, use_tf32
-        self.tag = stamp(worker.task, dtype)
+    def __init__(self, ring: Ring, workers: list[Worker], use_tf32: bool, dtype: torch.dtype) -> None:
+        super().__init__([worker.task for worker in workers], use_tf32)
+        self.ring, self.workers, self.dtype = ring, workers, dtype
 
-    def forward(self, *inputs: Any) -> Any:
-        return self.run(self.worker.forward(*inputs))
-
-    def backward(self, *tensors: Any) -> Any:
-        return self.run(self.worker.backward(*tensors))
-
-    def run(self, schedule: Steps) -> Any:
+    def run(self, at: int, name: str, *tensors: Any) -> Any:
+        worker = self.workers[at]
         try:
-            return self.ring.run(schedule, self.tag)
+            return self.ring.run(getattr(worker, name)(*tensors), stamp(worker.task, self.dtype))
         finally:
-            if isinstance(self.worker.buffers, Buffers):
-                self.worker.buffers.free.clear()
+            if isinstance(worker.buffers, Buffers):
+                worker.buffers.free.clear()
 
 # %% ../nbs/09_ring.ipynb #12551226
 class RingDilatedAttention(nn.Module):
@@ -1014,8 +1077,8 @@ class RingDilatedAttention(nn.Module):
         self.record: list[Event] | None = None  # a list here gets an entry for whatever this rank does
         self._ring: Ring | None = None
         self._agreed: dict[str, None] = {}
-        self._plans: dict[Task, Plan] = {}
-        self._meter = {"lent": 0, "peak": 0}
+        self._plans: dict[Task, tuple[tuple[Task, Plan], ...]] = {}
+        self._meters: list[dict[str, int]] = []
         self._saved = {"saved": 0, "received": 0}
 
     def forward(
@@ -1040,13 +1103,15 @@ class RingDilatedAttention(nn.Module):
         shape = (q.shape[0], q.shape[1] * ring.size, *q.shape[2:])
         task = make_task(c, ring.size, shape, k.shape[2], key_padding_mask is not None, is_causal)
         if task not in self._plans:
-            bounded(self._plans)[task] = make_plan(task, ring.rank)
+            tasks = task.portions(q.device, q.dtype)
+            bounded(self._plans)[task] = tuple((one, make_plan(one, ring.rank)) for one in tasks)
         config = c if wanted else replace(c, use_checkpointing=True)
-        backend, pool = resolve_backend("auto", q, task.masked), self.pool or Buffers(q.device)
-        worker = Worker(task, self._plans[task], q.shape[3] ** -0.5, backend, config, pool, self.record)
-        self._meter = worker.meter
-        out = Attention.apply(q, k, v, key_padding_mask, Apart(ring, worker, c.use_tf32, q.dtype))
-        self._saved = self._count(worker, q, k, v, key_padding_mask) if wanted else {"saved": 0, "received": 0}
+        backend, scale = resolve_backend("auto", q, task.masked), q.shape[3] ** -0.5
+        pool: Any = self.pool or Buffers(q.device)
+        workers = [Worker(*planned, scale, backend, config, pool, self.record) for planned in self._plans[task]]
+        self._meters = [worker.meter for worker in workers]
+        out = Attention.apply(q, k, v, key_padding_mask, Apart(ring, workers, c.use_tf32, q.dtype))
+        self._saved = self._count(workers, q, k, v, key_padding_mask) if wanted else {"saved": 0, "received": 0}
         return dropout(out, c.dropout, self.training)
 
     def memory_info(self) -> dict[str, int]:
@@ -1057,17 +1122,16 @@ class RingDilatedAttention(nn.Module):
         step, at most at a time; `plans`: the cache of plans, as the size of its pickle.
         """
         plans = sum(len(pickle.dumps(item)) for item in self._plans.items())
-        return {**self._saved, "buffers": self._meter["peak"], "plans": plans}
+        return {**self._saved, "buffers": max((meter["peak"] for meter in self._meters), default=0), "plans": plans}
 
     @staticmethod
-    def _count(worker: Worker, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> dict[str, int]:
+    def _count(workers: list[Worker], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> dict[str, int]:
         "What a call keeps for its backward pass."
         wide = torch.promote_types(q.dtype, torch.float32).itemsize
         lse = q.shape[0] * q.shape[1] * q.shape[2] * wide
-        plan = worker.plan
-        came = sum(m.block.numel(worker.task) for m in plan.moves if m.receiver == plan.rank and not m.gradient)
+        came = sum(count_traffic(w.task, w.plan, q.dtype, False).forward_received for w in workers)
         local = 2 * q.nbytes + k.nbytes + v.nbytes + lse + (0 if mask is None else mask.nbytes)
-        return {"saved": local, "received": came * q.element_size() if worker.keep else 0}
+        return {"saved": local, "received": came if workers[0].keep else 0}
 
     def __deepcopy__(self, memo: Any) -> "RingDilatedAttention":
         "The copy shares group and pool: processes and buffers cannot be copied."
@@ -1207,6 +1271,7 @@ def traffic(
     dtype: torch.dtype = torch.float32,
     is_causal: bool = False,
     masked: bool = False,  # with a key_padding_mask
+    device: str = "cpu",  # large tensors are worked off in portions that depend on it
 ) -> list[Traffic]:
     """What each rank of a ring will send and receive, without sending anything.
 
@@ -1216,7 +1281,12 @@ def traffic(
     if size is None:
         raise ValueError(complaint("ring_size", "be given here or in the config", None, "say how many ranks there are"))
     task = make_task(config, size, (batch, n, num_heads, head_dim), kv_heads or num_heads, masked, is_causal)
-    return [count_traffic(task, make_plan(task, rank), dtype, config.use_checkpointing) for rank in range(size)]
+    tasks, found = task.portions(torch.device(device), dtype), []
+    for rank in range(size):
+        parts = [count_traffic(one, make_plan(one, rank), dtype, config.use_checkpointing) for one in tasks]
+        names = ("forward_sent", "forward_received", "backward_sent", "backward_received")
+        found.append(Traffic(rank, *(sum(getattr(part, name) for part in parts) for name in names)))
+    return found
 
 # %% ../nbs/09_ring.ipynb #0d540ba7
 def count_traffic(task: Task, plan: Plan, dtype: torch.dtype, again: bool) -> Traffic:
