@@ -147,6 +147,7 @@ if TYPE_CHECKING:
         KINDS as KINDS,
         LONGEST_WEIGHTS as LONGEST_WEIGHTS,
         MultiheadDilatedAttention as MultiheadDilatedAttention,
+        attention_weights as attention_weights,
         create_dilated_attention as create_dilated_attention,
         create_multihead_dilated_attention as create_multihead_dilated_attention,
         resolve_kind as resolve_kind,
@@ -180,6 +181,18 @@ if TYPE_CHECKING:
         generate as generate,
         kept_logits as kept_logits,
         kv_cache_bytes as kv_cache_bytes,
+    )
+    from dilated_attention_nb import interop as interop
+    from dilated_attention_nb.interop import (
+        DilatedMHA as DilatedMHA,
+        GigaPathConfig as GigaPathConfig,
+        GigaPathSlideEncoder as GigaPathSlideEncoder,
+        from_pretrained as from_pretrained,
+        position_codes as position_codes,
+        register_with_transformers as register_with_transformers,
+        replace_attention as replace_attention,
+        save_pretrained as save_pretrained,
+        tile_cells as tile_cells,
     )
     from dilated_attention_nb import training as training
     from dilated_attention_nb.training import (
@@ -361,6 +374,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "KINDS",
         "LONGEST_WEIGHTS",
         "MultiheadDilatedAttention",
+        "attention_weights",
         "create_dilated_attention",
         "create_multihead_dilated_attention",
         "resolve_kind",
@@ -392,6 +406,17 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "generate",
         "kept_logits",
         "kv_cache_bytes",
+    ),
+    "interop": (
+        "DilatedMHA",
+        "GigaPathConfig",
+        "GigaPathSlideEncoder",
+        "from_pretrained",
+        "position_codes",
+        "register_with_transformers",
+        "replace_attention",
+        "save_pretrained",
+        "tile_cells",
     ),
     "training": (
         "Corpus",
@@ -445,7 +470,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     ),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
-_COMPLETED: dict[str, tuple[str, ...]] = {"LongNet": ("decoding",)}  # classes that later modules give methods
+_COMPLETED: dict[str, tuple[str, ...]] = {"LongNet": ("decoding", "interop", "interop",), "LongNetEncoder": ("interop", "interop", "interop",), "GigaPathSlideEncoder": ("interop",)}  # classes that later modules give methods
 
 __all__ = [
     "__version__",
@@ -460,10 +485,13 @@ __all__ = [
     "DilatedAttention",
     "DilatedAttentionConfig",
     "DilatedKVCache",
+    "DilatedMHA",
     "DistributedConfig",
     "EVICTION_POLICIES",
     "FLOAT_DTYPES",
     "FeedForward",
+    "GigaPathConfig",
+    "GigaPathSlideEncoder",
     "Grid",
     "INK",
     "ImprovedDilatedAttention",
@@ -514,6 +542,7 @@ __all__ = [
     "attends",
     "attention_cases",
     "attention_counts",
+    "attention_weights",
     "autocast",
     "available_backends",
     "binary_length",
@@ -564,6 +593,7 @@ __all__ = [
     "finest_branch",
     "finish",
     "forward_seconds",
+    "from_pretrained",
     "generate",
     "grid_pairs",
     "head_branches",
@@ -607,9 +637,12 @@ __all__ = [
     "plot_reach",
     "plot_schedule",
     "plot_training",
+    "position_codes",
     "reached",
     "read_corpus",
     "read_metrics",
+    "register_with_transformers",
+    "replace_attention",
     "resolve_backend",
     "resolve_kind",
     "resume_run",
@@ -617,6 +650,7 @@ __all__ = [
     "sample_tokens",
     "save_checkpoint",
     "save_figure",
+    "save_pretrained",
     "saved_for_backward",
     "shown",
     "smoothed",
@@ -626,6 +660,7 @@ __all__ = [
     "state_tensors",
     "table",
     "text_files",
+    "tile_cells",
     "tiles",
     "to_bytes",
     "to_tokens",
