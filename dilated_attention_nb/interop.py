@@ -218,8 +218,10 @@ def _check_layout(cells: Int[Tensor, "n 2"], tile_size: int) -> None:
     if 2 * len(taken) < len(cells):
         got = f"{len(cells)} tiles in {len(taken)} cells"
         raise ValueError(complaint("coords", "put tiles in cells of their own", got, advice))
-    steps = [gcd(*(column - column.min()).tolist()) for column in taken.T]
-    if len(taken) >= 16 and all(step != 1 for step in steps):  # 0: one column, or one row
+    steps = (
+        [gcd(*(column - column.min()).tolist()) for column in taken.T] if len(taken) >= 16 else [1]
+    )  # few may be far
+    if all(step != 1 for step in steps):  # 0: one column, or one row
         got = f"every distance a multiple of {' x '.join(str(step or 1) for step in steps)} tiles"
         raise ValueError(complaint("coords", "make some tiles neighbours", got, advice))
 
@@ -462,13 +464,16 @@ def _dilated_twin(old: nn.MultiheadAttention, config: DilatedAttentionConfig) ->
     return new.train(old.training)
 
 # %% ../nbs/14_interop.ipynb #c6a9b933
-@dataclass(frozen=True)
-class _Seen:
-    "What a model of transformers asked its mask function for."
+class _Seen(Tensor):
+    """What a model of transformers asked its mask function for: `[b, 1, 1, keys]`, True for real ones.
 
-    is_causal: bool
-    length: int  # keys that are real; a static cache has more
-    padding: Bool[Tensor, "b n"] | None  # True is padding
+    Keys that a static cache has no content for are left out. Without padding it is `[b, 0, 1, keys]`. It is a tensor of
+    four dimensions because transformers passes those on as they are, and makes them contiguous or moves them.
+    """
+
+
+class _SeenCausal(_Seen):
+    "The same, for a model in which no token sees a later one."
 
 
 def _transformers() -> Any:
@@ -512,8 +517,10 @@ def register_with_transformers(
             advice = f"{name!r} can't be combined with sliding windows, chunks, packed sequences or other masks"
             raise ValueError(complaint("the model's mask", "be causal or bidirectional", got, advice))
         length = min(int(q_offset) + q_length, kv_length) if mask_function is causal else kv_length
-        padding = None if attention_mask is None else ~attention_mask[:, :length].bool()
-        return _Seen(mask_function is causal, length, padding if padding is not None and padding.any() else None)
+        real = torch.ones(batch_size, 0, 1, length, dtype=torch.bool)
+        if attention_mask is not None and not attention_mask[:, :length].all():
+            real = attention_mask[:, None, None, :length].bool()
+        return real.as_subclass(_SeenCausal if mask_function is causal else _Seen)
 
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any,
@@ -526,10 +533,10 @@ def register_with_transformers(
         for option in ("softcap", "s_aux", "position_bias", "sliding_window"):
             if extra.get(option) is not None:
                 raise ValueError(f"dilated attention has no {option}, which {type(module).__name__} asks for")
-        q, k, v = (
-            x.transpose(1, 2) for x in (query, key[:, :, : attention_mask.length], value[:, :, : attention_mask.length])
-        )
-        out = _attend_rows(q, k, v, attention_mask, config, scaling)
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        length, real = attention_mask.shape[3], attention_mask.as_subclass(Tensor)
+        causally = isinstance(attention_mask, _SeenCausal)
+        out = _attend_rows(q, k[:, :length], v[:, :length], causally, real.flatten(1), config, scaling)
         return F.dropout(out, dropout, module.training), None
 
     attention.register(name, attend)
@@ -538,18 +545,18 @@ def register_with_transformers(
 
 def _attend_rows(
     q: Float[Tensor, "b nq h d"], k: Float[Tensor, "b nk hk d"], v: Float[Tensor, "b nk hk d"],
-    seen: _Seen, config: DilatedAttentionConfig, scale: float | None,
+    is_causal: bool, real: Bool[Tensor, "b nk_or_0"], config: DilatedAttentionConfig, scale: float | None,
 ) -> Float[Tensor, "b nq h d"]:  # fmt: skip
     "Each row without its padding; padded queries give 0."
     c, branches = config, (config.segment_lengths, config.dilation_rates)
     options: dict[str, Any] = dict(mixing=c.mixing, offsets=c.offsets, ragged=c.ragged, use_tf32=c.use_tf32)
-    options |= dict(is_causal=seen.is_causal, scale=scale)
-    if seen.padding is None:
+    options |= dict(is_causal=is_causal, scale=scale)
+    if not real.numel():
         return dilated_attention(q, k, v, *branches, **options)
     out = torch.zeros_like(q)
-    for row, pads in enumerate(seen.padding):
-        asked = ~pads[-q.shape[1] :]
+    for row, kept in enumerate(real.to(q.device)):
+        asked = kept[-q.shape[1] :]
         if asked.any():
-            one = q[row, asked][None], k[row, ~pads][None], v[row, ~pads][None]
+            one = q[row, asked][None], k[row, kept][None], v[row, kept][None]
             out[row, asked] = dilated_attention(one[0], one[1], one[2], *branches, **options)[0]
     return out
