@@ -133,8 +133,8 @@ SECTIONS = {"position": position, "kinds": kinds, "memory": memory}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], default=list(SECTIONS))
-    for name in parser.parse_args().sections:
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS) + "; none: all")
+    for name in parser.parse_args().sections or SECTIONS:
         results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         results[name] = environment() | SECTIONS[name]()
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")

@@ -182,6 +182,7 @@ if TYPE_CHECKING:
         KINDS as KINDS,
         LONGEST_WEIGHTS as LONGEST_WEIGHTS,
         MultiheadDilatedAttention as MultiheadDilatedAttention,
+        attention_weights as attention_weights,
         create_dilated_attention as create_dilated_attention,
         create_multihead_dilated_attention as create_multihead_dilated_attention,
         resolve_kind as resolve_kind,
@@ -215,6 +216,18 @@ if TYPE_CHECKING:
         generate as generate,
         kept_logits as kept_logits,
         kv_cache_bytes as kv_cache_bytes,
+    )
+    from dilated_attention_nb import interop as interop
+    from dilated_attention_nb.interop import (
+        DilatedMHA as DilatedMHA,
+        GigaPathConfig as GigaPathConfig,
+        GigaPathSlideEncoder as GigaPathSlideEncoder,
+        from_pretrained as from_pretrained,
+        position_codes as position_codes,
+        register_with_transformers as register_with_transformers,
+        replace_attention as replace_attention,
+        save_pretrained as save_pretrained,
+        tile_cells as tile_cells,
     )
     from dilated_attention_nb import training as training
     from dilated_attention_nb.training import (
@@ -428,6 +441,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "KINDS",
         "LONGEST_WEIGHTS",
         "MultiheadDilatedAttention",
+        "attention_weights",
         "create_dilated_attention",
         "create_multihead_dilated_attention",
         "resolve_kind",
@@ -459,6 +473,17 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "generate",
         "kept_logits",
         "kv_cache_bytes",
+    ),
+    "interop": (
+        "DilatedMHA",
+        "GigaPathConfig",
+        "GigaPathSlideEncoder",
+        "from_pretrained",
+        "position_codes",
+        "register_with_transformers",
+        "replace_attention",
+        "save_pretrained",
+        "tile_cells",
     ),
     "training": (
         "Corpus",
@@ -512,7 +537,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     ),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
-_COMPLETED: dict[str, tuple[str, ...]] = {"LongNet": ("decoding",)}  # classes that later modules give methods
+_COMPLETED: dict[str, tuple[str, ...]] = {"LongNet": ("decoding", "interop", "interop",), "LongNetEncoder": ("interop", "interop", "interop",), "GigaPathSlideEncoder": ("interop",)}  # classes that later modules give methods
 
 __all__ = [
     "__version__",
@@ -531,10 +556,13 @@ __all__ = [
     "DilatedAttention",
     "DilatedAttentionConfig",
     "DilatedKVCache",
+    "DilatedMHA",
     "DistributedConfig",
     "EVICTION_POLICIES",
     "FLOAT_DTYPES",
     "FeedForward",
+    "GigaPathConfig",
+    "GigaPathSlideEncoder",
     "Grid",
     "INK",
     "ImprovedDilatedAttention",
@@ -591,6 +619,7 @@ __all__ = [
     "attends",
     "attention_cases",
     "attention_counts",
+    "attention_weights",
     "autocast",
     "available_backends",
     "binary_length",
@@ -648,6 +677,7 @@ __all__ = [
     "finest_branch",
     "finish",
     "forward_seconds",
+    "from_pretrained",
     "gather_sequence",
     "generate",
     "grid_pairs",
@@ -695,9 +725,12 @@ __all__ = [
     "plot_schedule",
     "plot_training",
     "pooled",
+    "position_codes",
     "reached",
     "read_corpus",
     "read_metrics",
+    "register_with_transformers",
+    "replace_attention",
     "resolve_backend",
     "resolve_kind",
     "resume_run",
@@ -706,6 +739,7 @@ __all__ = [
     "sample_tokens",
     "save_checkpoint",
     "save_figure",
+    "save_pretrained",
     "saved_for_backward",
     "scorer_loss",
     "shard_sequence",
@@ -718,6 +752,7 @@ __all__ = [
     "state_tensors",
     "table",
     "text_files",
+    "tile_cells",
     "tiles",
     "to_bytes",
     "to_tokens",
