@@ -15,13 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
-from dilated_attention_nb import block_sparse, testing
+from dilated_attention_nb import block_patterns, block_sparse, testing
+from dilated_attention_nb.block_patterns import BlockPattern, PatternCache, block_pattern
 from dilated_attention_nb.block_sparse import (
-    BlockPattern,
     BlockScorer,
     BlockSparseAttention,
-    PatternCache,
-    block_pattern,
     block_shares,
     block_sparse_attention,
     pooled,
@@ -303,14 +301,14 @@ def test_bad_calls(case):
 
 
 def test_a_pattern_is_made_once_even_by_many_threads(monkeypatch):
-    calls, slow = [], block_sparse.block_pattern
+    calls, slow = [], block_patterns.block_pattern
 
     def counted(*args, **kwargs):
         calls.append(args)
         time.sleep(0.02)
         return slow(*args, **kwargs)
 
-    monkeypatch.setattr(block_sparse, "block_pattern", counted)
+    monkeypatch.setattr(block_patterns, "block_pattern", counted)
     cache, start = PatternCache(), threading.Barrier(16)
 
     def work(i):
