@@ -123,10 +123,9 @@ class Portion:
     rows: Span  # [1, rows]
     batches: tuple[Batch, ...]
     empty: Tensor  # places that get nothing
-    regular: bool  # rows share columns
 
 
-def portion(rows: np.ndarray, parts: list[tuple[np.ndarray, np.ndarray, bool]], regular: bool) -> Portion:
+def portion(rows: np.ndarray, parts: list[tuple[np.ndarray, np.ndarray, bool]]) -> Portion:
     "From parts `(places [t, r], cols [t, k], is_causal)`: what comes first to a place is stored, the rest combined."
     filled, batches = np.zeros(len(rows), bool), []
     for places, cols, is_causal in parts:
@@ -138,7 +137,7 @@ def portion(rows: np.ndarray, parts: list[tuple[np.ndarray, np.ndarray, bool]], 
                 moves.append((slice(at, at + b - a), slice(a, b), not filled[a]))
         filled[places] = True
         batches.append(Batch(Span(rows[places]), Span(cols), is_causal, tuple(moves)))
-    return Portion(Span(rows[None]), tuple(batches), torch.from_numpy(np.flatnonzero(~filled)), regular)
+    return Portion(Span(rows[None]), tuple(batches), torch.from_numpy(np.flatnonzero(~filled)))
 
 
 class Lists:
@@ -201,7 +200,7 @@ def _portions(lists: Lists, at: np.ndarray, cols: int, swapped: bool, group: int
                 places = np.arange(len(some))[:, None]
                 parts = [(places, index[some, :size], False)] if size else []
                 parts += [(places, at[some][:, None], True)] if at[some[0]] >= 0 else []
-                yield portion(some, parts, False)
+                yield portion(some, parts)
         return
     below = np.tri(group, k=-1, dtype=bool)
     below = below.T if swapped else below
@@ -217,19 +216,25 @@ def _portions(lists: Lists, at: np.ndarray, cols: int, swapped: bool, group: int
             for r, c, causal in found:
                 sizes.setdefault((len(r), len(c), causal), []).append((r, c))
             made = [(np.stack([r for r, _ in t]), np.stack([c for _, c in t]), s[2]) for s, t in sizes.items()]
-            yield portion(rows, sorted(made, key=lambda part: -part[0].size), True)
+            yield portion(rows, sorted(made, key=lambda part: -part[0].size))
 
 
 def plan(
-    lists: Lists, past: int, cols: int, is_causal: bool, swapped: bool, group: int, room: int
+    heads: tuple[Lists, ...], past: int, cols: int, is_causal: bool, swapped: bool, group: int, room: int
 ) -> tuple[Portion, ...]:
-    "What to compute for one head: portions of query rows, or with `swapped` of key rows."
-    rest, at = lists.split(past, is_causal)
+    "What to compute for heads that stand one after the other: portions of query rows, or with `swapped` of key rows."
+    parts = [lists.split(past, is_causal) for lists in heads]
+    at = np.concatenate([np.where(at < 0, -1, at + h * cols) for h, (_, at) in enumerate(parts)])
+    rest = parts[0][0]
+    if len(parts) > 1:
+        index = np.concatenate([lists.index + h * cols for h, (lists, _) in enumerate(parts)])
+        rest = Lists(np.concatenate([lists.num for lists, _ in parts]), index)
+    every = cols * len(heads)
     if swapped:
-        turned = np.full(cols, -1)
+        turned = np.full(every, -1)
         turned[at[at >= 0]] = np.flatnonzero(at >= 0)
-        return tuple(_portions(rest.transposed(cols), turned, len(lists.num), True, group, room))
-    return tuple(_portions(rest, at, cols, False, group, room))
+        return tuple(_portions(rest.transposed(every), turned, len(rest.num), True, group, room))
+    return tuple(_portions(rest, at, every, False, group, room))
 
 
 _small_plan = lru_cache(maxsize=64)(plan)
@@ -280,12 +285,6 @@ class Work:
             return None
         return self.mask[cols.index.to(self.mask.device)].view(cols.t, -1)
 
-    def near(self, name: str, x: Tensor, portions: Sequence[Portion], dtype: torch.dtype) -> Tensor:
-        "`x` itself, or where it will be copied block by block, a copy whose blocks lie in one piece."
-        if not portions or portions[0].regular or x.device.type != "cpu":
-            return x
-        return self.space("near " + name, x.shape, dtype).copy_(x)
-
 
 Combine = Callable[[list[Tensor], list[Tensor]], None]
 
@@ -324,7 +323,6 @@ def forward_head(
     out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, portions: Sequence[Portion], w: Work
 ) -> None:
     "Leave merged out and lse in `out` and `lse`."
-    k, v = (w.near(name, x, portions, x.dtype) for name, x in (("k", k), ("v", v)))
 
     def results(p: Portion) -> Iterator[Sequence[Tensor]]:
         for b in p.batches:
@@ -346,14 +344,12 @@ def backward_head(
     portions: Sequence[Portion], w: Work,
 ) -> None:  # fmt: skip
     "Add to `dq`, which is wide; leave dk and dv. The rows of a portion are blocks of keys."
-    half = q.element_size() == 2 and q.device.type == "cpu"
-    tensors = (("dout", dout), ("q", q), ("out", out), ("lse", lse))
-    dout, q, out, lse = (w.near(n, x, portions, dq.dtype if half else x.dtype) for n, x in tensors)
+    half = k.element_size() == 2 and k.device.type == "cpu"
 
     def results(p: Portion) -> Iterator[Sequence[Tensor]]:
         for b in p.batches:
             small = min(b.rows.k, b.cols.k) * q.shape[1] < 512
-            dtype = dq.dtype if half and (small or q.dtype == dq.dtype) else q.dtype
+            dtype = dq.dtype if half and small else q.dtype
             tensors = (
                 ("dout", dout, b.cols),
                 ("q", q, b.cols),
@@ -392,36 +388,56 @@ def _room(q: Tensor, heads: int, size: int) -> int:
     return max(1, (2**20 if q.device.type == "cpu" else 2**27) // (heads * size * q.shape[-1]))
 
 
-def _heads(num: Tensor, index: Tensor, b: int, heads: int) -> Iterator[tuple[slice, Lists]]:
-    "Runs of heads with the same indices, for one batch entry."
+def _chains(num: Tensor, index: Tensor, b: int, heads: int, strung: bool) -> Iterator[tuple[slice, tuple[Lists, ...]]]:
+    "For one batch entry, runs of heads with the same indices; or all heads, if they are `strung` together."
     at = b if len(num) > 1 else 0
     found = [Lists(n.astype(np.int64), i) for n, i in zip(num[at].cpu().numpy(), index[at].cpu().numpy())]
+    if strung:
+        yield slice(0, 1), tuple(found)
+        return
     found = found * heads if len(found) == 1 else found
     first = 0
     for last in range(1, heads + 1):
         if last == heads or found[last] != found[first]:
-            yield slice(first, last), found[first]
+            yield slice(first, last), (found[first],)
             first = last
+
+
+def _irregular(num: Tensor, index: Tensor) -> bool:
+    "Whether heads have patterns of their own whose rows share nothing (as the first head's)."
+    lists = Lists(num[0, 0].cpu().numpy().astype(np.int64), index[0, 0].cpu().numpy())
+    return num.shape[1] > 1 and not lists.stride()
+
+
+def _string(x: Tensor) -> Tensor:
+    "`[b, blocks, tokens, h, ...]` -> `[b, h * blocks, tokens, 1, ...]`: heads one after the other, as one long head."
+    return x.movedim(3, 1).flatten(1, 2).unsqueeze(3)
+
+
+def _unstring(x: Tensor, heads: int) -> Tensor:
+    return x.squeeze(3).unflatten(1, (heads, -1)).movedim(1, 3)
 
 
 def _jobs(
     q: Tensor, k: Tensor, mask: Tensor | None, num: Tensor, index: Tensor, size: int, is_causal: bool, scale: float,
-    backend: str, swapped: bool,
+    backend: str, swapped: bool, strung: bool,
 ) -> Iterator[tuple[int, slice, tuple[Portion, ...], Work]]:  # fmt: skip
     "Batch entries, heads, what to compute for them and how."
-    nq, nk = q.shape[1], k.shape[1]
+    nq, nk, h = q.shape[1], k.shape[1], q.shape[2]
     if nk % size and mask is None:
         mask = torch.zeros(len(k), nk, dtype=torch.bool, device=k.device)
     space, name = Scratch(q.device), resolve_backend(backend, q, mask is not None)
     hidden = None if mask is None else ~_blocks(~mask, size)
+    if hidden is not None and strung:
+        hidden = hidden.repeat(1, h, 1)
     for b in range(len(q)):
         own = None if hidden is None else hidden[b]
         w = Work(name, scale, space, own, None if own is None else own.any(1).cpu().numpy())
-        for heads, lists in _heads(num, index, b, q.shape[2]):
-            make = _small_plan if lists.index.size < 2**20 else plan
+        for heads, chain in _chains(num, index, b, h, strung):
+            make = _small_plan if sum(lists.index.size for lists in chain) < 2**20 else plan
             room = _room(q, heads.stop - heads.start, size)
             past, cols = (nk - nq) // size, -(-nk // size)
-            yield b, heads, make(lists, past, cols, is_causal, swapped, max(1, _GROUP // size), room), w
+            yield b, heads, make(chain, past, cols, is_causal, swapped, max(1, _GROUP // size), room), w
 
 
 def _repeated(q: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -453,14 +469,14 @@ def sparse_forward_op(
     scale: float, backend: str, use_tf32: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     "Merged out and lse."
-    n, (k, v) = q.shape[1], _repeated(q, k, v)
-    bq, bk, bv = (_blocks(x, size) for x in (q, k, v))
+    (n, heads), (k, v), strung = q.shape[1:3], _repeated(q, k, v), _irregular(num, index)
+    bq, bk, bv = (_string(_blocks(x, size)) if strung else _blocks(x, size) for x in (q, k, v))
     out, lse = q.new_empty(bq.shape), q.new_empty(bq.shape[:-1], dtype=_wide(q))
     with _tf32(use_tf32, q):
-        for b, h, portions, work in _jobs(q, k, mask, num, index, size, is_causal, scale, backend, False):
+        for b, h, portions, work in _jobs(q, k, mask, num, index, size, is_causal, scale, backend, False, strung):
             at = (b, slice(None), slice(None), h)
             forward_head(out[at], lse[at], bq[at], bk[at], bv[at], portions, work)
-    out, lse = (x.flatten(1, 2)[:, :n] for x in (out, lse))
+    out, lse = ((_unstring(x, heads) if strung else x).flatten(1, 2)[:, :n] for x in (out, lse))
     return out.contiguous(), lse.contiguous()
 
 
@@ -470,16 +486,19 @@ def sparse_backward_op(
     index: Tensor, size: int, is_causal: bool, scale: float, backend: str, use_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     "dq, dk, dv."
-    given, (k, v) = k, _repeated(q, k, v)
-    blocks = [_blocks(x, size) for x in (dout, q, k, v, out, lse)]
+    given, (k, v), strung = k, _repeated(q, k, v), _irregular(num, index)
+    blocks = [_string(_blocks(x, size)) if strung else _blocks(x, size) for x in (dout, q, k, v, out, lse)]
+    if strung and q.device.type == "cpu":  # small rectangles all of them
+        blocks = [x.to(_wide(q)) for x in blocks]
     dq = q.new_zeros(blocks[1].shape, dtype=_wide(q))
-    dk, dv = (x.new_empty(x.shape) for x in blocks[2:4])
+    dk, dv = (q.new_empty(x.shape) for x in blocks[2:4])
     with _tf32(use_tf32, q):
-        for b, h, portions, work in _jobs(q, k, mask, num, index, size, is_causal, scale, backend, True):
+        for b, h, portions, work in _jobs(q, k, mask, num, index, size, is_causal, scale, backend, True, strung):
             at = (b, slice(None), slice(None), h)
             do, bq, bk, bv, o, l = (x[at] for x in blocks)
             backward_head(dq[at], dk[at], dv[at], do, bq, bk, bv, o, l, portions, work)
-    dq, dk, dv = (x.flatten(1, 2)[:, :n] for x, n in ((dq, q.shape[1]), (dk, k.shape[1]), (dv, k.shape[1])))
+    sizes = ((dq, q.shape[1]), (dk, k.shape[1]), (dv, k.shape[1]))
+    dq, dk, dv = ((_unstring(x, q.shape[2]) if strung else x).flatten(1, 2)[:, :n] for x, n in sizes)
     if given.shape[2] < q.shape[2]:
         dk, dv = (x.unflatten(2, (given.shape[2], -1)).sum(3, dtype=_wide(q)) for x in (dk, dv))
     return dq.to(q.dtype).contiguous(), dk.to(q.dtype).contiguous(), dv.to(q.dtype).contiguous()

@@ -527,7 +527,7 @@ def test_a_plan_computes_every_block_once(seed, rows, past, density, swapped):
     lists = block_sparse.Lists(made.kv_num_blocks[0, 0].numpy().astype(int), made.kv_indices[0, 0].numpy())
     for is_causal in (False, True):
         seen = np.zeros((rows, cols), int)
-        for p in block_sparse.plan(lists, past, cols, is_causal, swapped, 8, 16):
+        for p in block_sparse.plan((lists,), past, cols, is_causal, swapped, 8, 16):
             for b in p.batches:
                 for r, c in zip(b.rows.blocks, b.cols.blocks):
                     block = np.tri(len(r), dtype=int) if b.is_causal else 1
