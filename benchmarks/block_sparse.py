@@ -32,13 +32,13 @@ CLOCK = time.perf_counter
 
 
 def alternate(runs: dict[Any, Callable[[], Any]], repeats: int) -> dict[Any, float]:
-    "Median seconds of each run, taken in turn; one round of warm-up."
+    "Median seconds of each run, taken in turn; one round of warm-up, which is all there is with 0 repeats."
     seconds: dict[Any, list[float]] = {name: [] for name in runs}
     for round_ in range(repeats + 1):
         for name, run in runs.items():
             begin = CLOCK()
             run()
-            if round_:
+            if round_ or not repeats:
                 seconds[name].append(CLOCK() - begin)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
@@ -50,7 +50,8 @@ def dense_attention(x: list[Tensor], causal: bool) -> Tensor:
 
 def speed(n: int, repeats: int, causals: tuple[bool, ...], what: tuple[str, ...]) -> dict[str, Any]:
     "Sparse attention against dense `scaled_dot_product_attention`."
-    from dilated_attention_nb.block_sparse import block_pattern, block_sparse_attention
+    from dilated_attention_nb.block_patterns import block_pattern
+    from dilated_attention_nb.block_sparse import block_sparse_attention
 
     rows: list[dict[str, Any]] = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -97,12 +98,13 @@ def speed_8k() -> dict[str, Any]:
 
 
 def speed_32k() -> dict[str, Any]:
-    return speed(32_768, 1, (False, True), ("forward", "forward+backward"))
+    return speed(32_768, 0, (False, True), ("forward", "forward+backward"))
 
 
 def density() -> dict[str, Any]:
     "Time against density, forward, n = 8192, float32."
-    from dilated_attention_nb.block_sparse import block_pattern, block_sparse_attention
+    from dilated_attention_nb.block_patterns import block_pattern
+    from dilated_attention_nb.block_sparse import block_sparse_attention
 
     n, rows = 8192, []
     x = [torch.randn(1, n, H, D) for _ in range(3)]
@@ -128,7 +130,8 @@ def density() -> dict[str, Any]:
 
 def flex() -> dict[str, Any]:
     "Inference against compiled FlexAttention with the same mask."
-    from dilated_attention_nb.block_sparse import block_pattern, block_sparse_attention
+    from dilated_attention_nb.block_patterns import block_pattern
+    from dilated_attention_nb.block_sparse import block_sparse_attention
 
     n, rows = 8192, []
     for dtype in (torch.float32, torch.bfloat16):
@@ -157,7 +160,7 @@ def flex() -> dict[str, Any]:
 
 def make_one(name: str, rho: float, causal: bool, seconds: str) -> None:
     "Generate a pattern for a million tokens, in a process of its own; its time goes to the file `seconds`."
-    from dilated_attention_nb.block_sparse import block_pattern
+    from dilated_attention_nb.block_patterns import block_pattern
 
     if "thread_time" in seconds:
         torch.set_num_threads(1)
@@ -191,7 +194,8 @@ def generation() -> dict[str, Any]:
 
 def one_pass(n: int, dense: bool) -> None:
     "Forward and backward in a process of its own."
-    from dilated_attention_nb.block_sparse import block_pattern, block_sparse_attention
+    from dilated_attention_nb.block_patterns import block_pattern
+    from dilated_attention_nb.block_sparse import block_sparse_attention
 
     x = [torch.randn(1, n, 2, D).requires_grad_() for _ in range(3)]
     out = dense_attention(x, True) if dense else None
@@ -237,10 +241,9 @@ RUN = ""
 
 def error() -> dict[str, Any]:
     "What leaving blocks out does to the attention of a trained model: error of the output, share of attention kept."
+    from dilated_attention_nb.block_patterns import BlockPattern, block_pattern
     from dilated_attention_nb.block_sparse import (
-        BlockPattern,
         BlockScorer,
-        block_pattern,
         block_shares,
         block_sparse_attention,
         scorer_loss,

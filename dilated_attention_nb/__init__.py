@@ -153,13 +153,16 @@ if TYPE_CHECKING:
         ImprovedDilatedAttention as ImprovedDilatedAttention,
         dilated_attention as dilated_attention,
     )
-    from dilated_attention_nb import block_sparse as block_sparse
-    from dilated_attention_nb.block_sparse import (
+    from dilated_attention_nb import block_patterns as block_patterns
+    from dilated_attention_nb.block_patterns import (
         BlockPattern as BlockPattern,
-        BlockScorer as BlockScorer,
-        BlockSparseAttention as BlockSparseAttention,
         PatternCache as PatternCache,
         block_pattern as block_pattern,
+    )
+    from dilated_attention_nb import block_sparse as block_sparse
+    from dilated_attention_nb.block_sparse import (
+        BlockScorer as BlockScorer,
+        BlockSparseAttention as BlockSparseAttention,
         block_shares as block_shares,
         block_sparse_attention as block_sparse_attention,
         pooled as pooled,
@@ -415,12 +418,14 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "ImprovedDilatedAttention",
         "dilated_attention",
     ),
-    "block_sparse": (
+    "block_patterns": (
         "BlockPattern",
-        "BlockScorer",
-        "BlockSparseAttention",
         "PatternCache",
         "block_pattern",
+    ),
+    "block_sparse": (
+        "BlockScorer",
+        "BlockSparseAttention",
         "block_shares",
         "block_sparse_attention",
         "pooled",

@@ -15,13 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
-from dilated_attention_nb import block_sparse, testing
+from dilated_attention_nb import block_patterns, block_sparse, testing
+from dilated_attention_nb.block_patterns import BlockPattern, PatternCache, block_pattern
 from dilated_attention_nb.block_sparse import (
-    BlockPattern,
     BlockScorer,
     BlockSparseAttention,
-    PatternCache,
-    block_pattern,
     block_shares,
     block_sparse_attention,
     pooled,
@@ -303,14 +301,14 @@ def test_bad_calls(case):
 
 
 def test_a_pattern_is_made_once_even_by_many_threads(monkeypatch):
-    calls, slow = [], block_sparse.block_pattern
+    calls, slow = [], block_patterns.block_pattern
 
     def counted(*args, **kwargs):
         calls.append(args)
         time.sleep(0.02)
         return slow(*args, **kwargs)
 
-    monkeypatch.setattr(block_sparse, "block_pattern", counted)
+    monkeypatch.setattr(block_patterns, "block_pattern", counted)
     cache, start = PatternCache(), threading.Barrier(16)
 
     def work(i):
@@ -529,7 +527,7 @@ def test_a_plan_computes_every_block_once(seed, rows, past, density, swapped):
     lists = block_sparse.Lists(made.kv_num_blocks[0, 0].numpy().astype(int), made.kv_indices[0, 0].numpy())
     for is_causal in (False, True):
         seen = np.zeros((rows, cols), int)
-        for p in block_sparse.plan(lists, past, cols, is_causal, swapped, 8, 16):
+        for p in block_sparse.plan((lists,), past, cols, is_causal, swapped, 8, 16):
             for b in p.batches:
                 for r, c in zip(b.rows.blocks, b.cols.blocks):
                     block = np.tri(len(r), dtype=int) if b.is_causal else 1
