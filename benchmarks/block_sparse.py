@@ -227,7 +227,7 @@ def captured(model: Any, tokens: Tensor) -> list[tuple[Tensor, ...]]:
         layer.self_attn.attention.register_forward_pre_hook(
             lambda m, a: found.append(tuple(x.detach().float() for x in a[:3]))
         )
-        for layer in model.layers
+        for layer in model.decoder.layers
     ]
     with torch.no_grad():
         model(tokens)
@@ -316,9 +316,9 @@ def main() -> None:
     parser.add_argument(
         "--cpu-time", action="store_true", help="one thread, and its CPU time instead of the wall clock"
     )
-    parser.add_argument("--run", default="", help="folder of a trained run, for the section error")
+    parser.add_argument("--run", default="", help="folder of a trained run; without it the section error is left out")
     args = parser.parse_args()
-    RUN, chosen = args.run, args.sections or list(SECTIONS)
+    RUN, chosen = args.run, args.sections or [name for name in SECTIONS if name != "error" or args.run]
     if unknown := set(chosen) - set(SECTIONS):
         parser.error(f"unknown section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
     if args.cpu_time:
