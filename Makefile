@@ -73,6 +73,8 @@ docs: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/core.py $(ARGS)
+	$(BIN)/python benchmarks/decoding.py
+	$(BIN)/python benchmarks/interop.py
 
 lock: $(READY)
 	@head -2 constraints.txt > constraints.new
