@@ -24,8 +24,10 @@ from dilated_attention_nb.config import (
     DilatedAttentionConfig,
     MultiheadConfig,
     check_choice,
+    check_config,
     check_dropout,
     check_flag,
+    check_home,
     check_int,
     check_positive,
     complaint,
@@ -178,6 +180,7 @@ def make_rotation(
 
     Angles are computed in float64 and scales within windows, so that any position is as exact as the first.
     """
+    check_choice("position", config.position, ("xpos", "rope"))
     d, device = config.embed_dim // config.num_heads, positions.device
     where = torch.device("cpu") if device.type == "mps" else device  # which has no float64
     n, i = positions.to(where, torch.float64)[..., None], torch.arange(0, d, 2, device=where, dtype=torch.float64)
@@ -245,19 +248,12 @@ class LongNetLayer(nn.Module):
         return x * kept / (1 - self.drop_path)
 
 # %% ../nbs/12_longnet.ipynb #cd7efe97
-def _check_config(config: Any) -> LongNetConfig:
-    if not isinstance(config, LongNetConfig):
-        rule, advice = "be a LongNetConfig", "make one with LongNetConfig.from_dict"
-        raise TypeError(complaint("config", rule, type(config).__name__, advice))
-    return config
-
-
 class LayerStack(nn.Module):
     "Layers one after another, then a LayerNorm; over embeddings. Raises `TypeError` for another config."
 
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__()
-        self.config = _check_config(config)
+        self.config = check_config("config", config, LongNetConfig)
         self.layers = nn.ModuleList(LongNetLayer(config, depth) for depth in range(config.num_layers))
         self.layer_norm = nn.LayerNorm(config.embed_dim, config.layer_norm_eps)
 
@@ -280,9 +276,12 @@ class LayerStack(nn.Module):
         cache: Any = None,  # a `LongNetCache` of decoding: what earlier tokens left behind
     ) -> Iterator[Float[Tensor, "b n e"]]:
         "The stream before the first layer and after each, without the final LayerNorm."
+        if not isinstance(x, Tensor):
+            raise TypeError(complaint("x", "be a tensor [batch, seq, embed_dim]", type(x).__name__, "pass a tensor"))
         if x.dim() != 3 or x.shape[2] != self.config.embed_dim:
             rule = f"have shape [batch, seq, embed_dim] with embed_dim {self.config.embed_dim}"
             raise ValueError(complaint("x", rule, tuple(x.shape), "the batch comes first"))
+        check_home("x", x, self.layer_norm.weight)
         if cache is not None and cache.config != self.config:
             raise ValueError(complaint("cache", "be made for this model's config", cache.config, "make another"))
         position = self._rotation(x, is_causal, cache)
@@ -377,7 +376,13 @@ def token_losses(
     targets: Int[Tensor, "*batch"],
     ignore_index: int = -100,  # a target that costs nothing
 ) -> Float[Tensor, "*batch"]:
-    "`cross_entropy(x @ weight.T, targets)` of each row in nats, float32 or wider; all logits never exist at once."
+    """`cross_entropy(x @ weight.T, targets)` of each row in nats, float32 or wider; all logits never exist at once.
+
+    Raises `ValueError` for targets of another shape.
+    """
+    if x.shape[:-1] != targets.shape:
+        got = f"{tuple(targets.shape)} for {tuple(x.shape)}"
+        raise ValueError(complaint("targets", "have x's shape without the last dimension", got, "one for each row"))
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
@@ -419,7 +424,7 @@ class LongNet(nn.Module):
 
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__()
-        _check_config(config)
+        check_config("config", config, LongNetConfig)
         if config.vocab_size is None:
             raise ValueError(complaint("vocab_size", "be an integer in a language model", None, "bytes have 256"))
         self.config = config
@@ -447,11 +452,12 @@ class LongNet(nn.Module):
 
         Raises `ValueError` or `TypeError` naming the argument.
         """
+        check_choice("reduction", reduction, ("mean", "none"))
         x = self.hidden(tokens, key_padding_mask, cache)
         if targets is None:
             return F.linear(x, self.head_weight)
-        check_choice("reduction", reduction, ("mean", "none"))
         check_tokens("targets", targets, self.head_weight.shape[0], -100)
+        check_home("targets", targets, self.head_weight)
         if targets.shape[0] != tokens.shape[0] or targets.shape[1] != tokens.shape[1]:
             rule = f"have the shape of tokens {tuple(tokens.shape)}"
             raise ValueError(complaint("targets", rule, tuple(targets.shape), "they are the tokens, shifted by one"))
@@ -465,6 +471,7 @@ class LongNet(nn.Module):
     ) -> Float[Tensor, "b n e"]:
         "What the head reads: of every token, or of those that follow what the cache has read. Raises as `forward`."
         check_tokens("tokens", tokens, self.head_weight.shape[0])
+        check_home("tokens", tokens, self.head_weight)
         x = self.embed_tokens(tokens) if cache is None else cache.embed(self.embed_tokens, tokens)
         return self.decoder(x * self.config.embed_dim**0.5, key_padding_mask, True, cache)
 
