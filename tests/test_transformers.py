@@ -50,7 +50,7 @@ def make(kind, attention="dilated", **values):
 
 
 def tokens(b=2, n=50, seed=0):
-    return torch.randint(0, 99, (b, n), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(1, 99, (b, n), generator=torch.Generator().manual_seed(seed))
 
 
 def run(model, *args, **values):
