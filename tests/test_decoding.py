@@ -2,6 +2,8 @@
 
 import copy
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -481,9 +483,20 @@ def test_autocast():
         assert model.generate(prompt, 10, temperature=0).shape == (1, 10)
 
 
+def output_of(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
 def test_longnet_has_generate_wherever_it_comes_from():
     assert dilated_attention_nb.LongNet.generate is generate
-    assert "LongNet" in dilated_attention_nb._COMPLETED
+    root = "from dilated_attention_nb import LongNet; print(LongNet.generate.__module__)"
+    assert output_of(root) == "dilated_attention_nb.decoding"
+    alone = (
+        "from dilated_attention_nb.longnet import LongNet, longnet_tiny\n"
+        "try: LongNet(longnet_tiny()).generate(1)\n"
+        "except NotImplementedError as error: print(error)"
+    )
+    assert output_of(alone) == "generate comes with `import dilated_attention_nb.decoding`"
 
 
 # ---------------------------------------------------------------- memory
