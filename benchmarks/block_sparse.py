@@ -227,7 +227,7 @@ def captured(model: Any, tokens: Tensor) -> list[tuple[Tensor, ...]]:
         layer.self_attn.attention.register_forward_pre_hook(
             lambda m, a: found.append(tuple(x.detach().float() for x in a[:3]))
         )
-        for layer in model.layers
+        for layer in model.decoder.layers
     ]
     with torch.no_grad():
         model(tokens)
