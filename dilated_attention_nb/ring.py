@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import inf, lcm
 from typing import Any
 
@@ -155,18 +156,18 @@ class Task:
         repeat, last = self.num_heads // self.kv_heads, self.kv_heads if self.last is None else self.last
         return slice(self.first * repeat, last * repeat), slice(self.first, last)
 
-    def lanes(self, branch: int) -> tuple[Lane, ...]:
-        "The heads of a branch, counted from the first of the portion."
-        heads = branch_heads(self.num_heads, branch, self.dilation_rates, self.mixing, self.offsets)
+    @cached_property
+    def lanes(self) -> tuple[tuple[Lane, ...], ...]:
+        "The heads of each branch, counted from the first of the portion."
         repeat, (q_heads, kv_heads) = self.num_heads // self.kv_heads, self.portion
-        found = []
-        for members, offset in heads:
-            inside = [head for head in members if q_heads.start <= head < q_heads.stop]
-            run = range(inside[0], inside[-1] + 1, members.step) if inside else range(0)
-            for q, kv in kv_runs(run, repeat):
-                if q:
-                    found.append(Lane(shifted(q, q_heads.start), shifted(kv, kv_heads.start), offset))
-        return tuple(found)
+        found: list[list[Lane]] = [[] for _ in self.dilation_rates]
+        for branch, lanes in enumerate(found):
+            for members, offset in branch_heads(self.num_heads, branch, self.dilation_rates, self.mixing, self.offsets):
+                inside = [head for head in members if q_heads.start <= head < q_heads.stop]
+                run = range(inside[0], inside[-1] + 1, members.step) if inside else range(0)
+                runs = (pair for pair in kv_runs(run, repeat) if inside)
+                lanes += [Lane(shifted(q, q_heads.start), shifted(kv, kv_heads.start), offset) for q, kv in runs]
+        return tuple(map(tuple, found))
 
     def portions(self, device: torch.device, dtype: torch.dtype) -> tuple["Task", ...]:
         "The task for some heads after the other, so that their float32 sums stay small beside the tensors themselves."
@@ -226,7 +227,7 @@ def groups(task: Task, queries: Strip, keys: Strip) -> list[Group]:
     "What the queries of a strip see of the keys of another (or of itself); with padding, one offset at a time."
     found: dict[tuple[int, ...], list[Lane]] = {}
     rate = task.dilation_rates[queries.branch]
-    for lane in task.lanes(queries.branch):
+    for lane in task.lanes[queries.branch]:
         nq, nk = (strip.grid(lane.offset, rate).count for strip in (queries, keys))
         if nq and nk:
             found.setdefault((nq, nk, lane.offset if task.masked else 0), []).append(lane)
@@ -296,15 +297,15 @@ class Plan:
 
 def block_of(task: Task, rank: int, strip: Strip, others: dict[int, list[Strip]]) -> Block:
     "The block of a strip of `rank`; its path follows the ring, upwards for a first chunk, downwards for a second."
-    place, size = task.place, task.place.ring_size
+    place, size, rate = task.place, task.place.ring_size, task.dilation_rates[strip.branch]
     need = []
-    for other, theirs in others.items():
+    for other, theirs in others.items() if task.lanes[strip.branch] else ():
         meeting = [s for s in theirs if s.meets(strip) and not (task.is_causal and s.chunk < strip.chunk)]
-        if other != rank and any(groups(task, s, strip) for s in meeting):
+        if other != rank and any(min(s.length, strip.length) >= rate or groups(task, s, strip) for s in meeting):
             need.append(other)
     sign = 1 if strip.chunk < size else -1
     path = tuple(sorted(need, key=lambda other: sign * (other - rank) % size))
-    rows = -(-strip.whole // task.dilation_rates[strip.branch])
+    rows = -(-strip.whole // rate)
     star = task.strategy == "gather" or (task.strategy == "auto" and rows <= place.size * place.parts)
     return Block(rank, strip, path, star)
 
@@ -532,7 +533,7 @@ class Tiles:
         "The zero keys of `ragged='zeros'`: the part `(0, log(count))`."
         for strip in self.plan.strips:
             rate = self.task.dilation_rates[strip.branch]
-            for lane in self.task.lanes(strip.branch):
+            for lane in self.task.lanes[strip.branch]:
                 count = -(-self.task.segment_lengths[strip.branch] // rate)
                 count -= len(range(lane.offset, strip.whole, rate))
                 if count:
@@ -671,7 +672,8 @@ class Worker(Tiles):
                 for m, x in found:
                     peer = m.receiver if kind == "send" else m.sender
                     block = m.block.strip.branch, peer, m.block.strip.chunk
-                    self.record.append(Event(self.plan.rank, backward, step, kind, block, x.nbytes))
+                    now = time.perf_counter()
+                    self.record.append(Event(self.plan.rank, backward, step, kind, block, x.nbytes, 0, now, now))
         return Exchange(
             f"ring attention, {'backward' if backward else 'forward'}, step {step}",
             [Message(m.receiver, x, self.words(m)) for m, x in sends],
