@@ -7,7 +7,7 @@
 #   make export      write the modules, the package root and README.md from the notebooks
 #   make notebooks   execute all notebooks and store their outputs
 #   make docs        build the site into _docs/
-#   make bench       run the benchmarks and store their figures
+#   make bench       run the benchmarks and store their figures (BENCHMARKS=benchmarks/core.py ARGS=floor: a part)
 #   make lock        renew constraints.txt from what is installed
 #
 # PYTHON=python3.12 make test   uses another interpreter for a new .venv
@@ -23,6 +23,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
+BENCHMARKS ?= $(wildcard benchmarks/*.py)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test test-slow lab export notebooks docs bench lock clean
@@ -72,7 +73,7 @@ docs: $(READY)
 	$(BIN)/python scripts/docs.py
 
 bench: $(READY)
-	$(BIN)/python benchmarks/core.py $(ARGS)
+	for script in $(BENCHMARKS); do $(BIN)/python $$script $(ARGS); done
 
 lock: $(READY)
 	@head -2 constraints.txt > constraints.new

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['MIXINGS', 'OFFSETS', 'RAGGED', 'BACKENDS', 'RING_STRATEGIES', 'RING_LAYOUTS', 'SPARSE_PATTERNS',
            'DISTRIBUTED_BACKENDS', 'EVICTION_POLICIES', 'FLOAT_DTYPES', 'complaint', 'shown', 'check_int',
-           'check_number', 'check_positive', 'check_dropout', 'check_scale', 'check_flag', 'nearest', 'check_choice',
-           'check_ints', 'check_branches', 'check_heads', 'valid_lengths', 'check_length', 'check_floats',
-           'check_alike', 'check_padding', 'check_qkv', 'check_device', 'check_dtype', 'check_placement', 'Config',
-           'DilatedAttentionConfig', 'check_head_dim', 'check_kv_heads', 'MultiheadConfig', 'RingAttentionConfig',
-           'SparseAttentionConfig', 'DistributedConfig', 'MemoryPoolConfig']
+           'check_number', 'check_positive', 'check_ratio', 'check_block_size', 'check_dropout', 'check_scale',
+           'check_flag', 'nearest', 'check_choice', 'check_ints', 'check_branches', 'check_heads', 'valid_lengths',
+           'check_length', 'check_floats', 'check_alike', 'check_padding', 'check_qkv', 'check_device', 'check_dtype',
+           'check_home', 'check_placement', 'Config', 'check_config', 'DilatedAttentionConfig', 'check_head_dim',
+           'check_kv_heads', 'MultiheadConfig', 'RingAttentionConfig', 'SparseAttentionConfig', 'DistributedConfig',
+           'MemoryPoolConfig']
 
 # %% ../nbs/00_config.ipynb #3d0f6ed4
 import dataclasses
@@ -65,6 +66,22 @@ def check_positive(name: str, value: Any) -> float:
     return number
 
 
+def check_ratio(name: str, value: Any) -> float:
+    "`value` as a float in (0, 1]: the share that is kept."
+    if not (number := check_positive(name, value)) <= 1:
+        raise ValueError(complaint(name, "be at most 1", value, "it is the share kept; 1 keeps all"))
+    return number
+
+
+def check_block_size(name: str, value: Any) -> int:
+    "`value` as a positive multiple of 16, which all fused kernels take."
+    if check_int(name, value) % 16:
+        below, above = value // 16 * 16, -(-value // 16) * 16
+        advice = f"use {above}" + (f" or {below}" if below else "")
+        raise ValueError(complaint(name, "be a positive multiple of 16", value, advice))
+    return int(value)
+
+
 def check_dropout(name: str, p: Any) -> float:
     "`p` as a float in [0, 1): the share of entries that training sets to 0."
     if not 0 <= (number := check_number(name, p)) < 1:
@@ -90,9 +107,11 @@ RAGGED = ("error", "mask", "zeros")  # what happens at lengths that a segment le
 BACKENDS = ("auto", "math", "flash", "efficient", "cudnn", "flash_attn")  # who computes a part of the attention
 RING_STRATEGIES = ("auto", "ring", "gather")  # how keys and values travel: from neighbour to neighbour, or all at once
 RING_LAYOUTS = ("contiguous", "zigzag")  # what a rank holds: one chunk of the sequence, or an early and a late one
-SPARSE_PATTERNS = ("dilated_sparse", "local_window", "global_local")
+SPARSE_PATTERNS = (  # which blocks block-sparse attention keeps
+    "dilated_sparse", "local_window", "global_local", "strided", "random", "hierarchical", "adaptive",
+)  # fmt: skip
 DISTRIBUTED_BACKENDS = ("nccl", "gloo", "mpi", "ucc", "cpu:gloo,cuda:nccl")
-EVICTION_POLICIES = ("lru", "lfu")
+EVICTION_POLICIES = ("lru", "lfu", "adaptive")
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
@@ -176,6 +195,9 @@ def check_floats(name: str, x: Any) -> None:
     if x.dtype not in FLOAT_DTYPES:
         rule = "be float16, bfloat16, float32 or float64"
         raise TypeError(complaint(name, rule, x.dtype, "convert it with .to(torch.float32)"))
+    if x.is_nested or x.layout != torch.strided:
+        kind = "a nested one" if x.is_nested else x.layout
+        raise TypeError(complaint(name, f"be a dense tensor {_BNHD}", kind, "use .to_dense() or pad, with a mask"))
     if x.dim() != 4:
         got = f"{x.dim()} with shape {tuple(x.shape)}"
         raise ValueError(complaint(name, f"have 4 dimensions {_BNHD}", got, "reshape it, heads before head_dim"))
@@ -250,6 +272,17 @@ def check_dtype(name: str, dtype: Any) -> torch.dtype | None:
     return known[check_choice(name, str(dtype).removeprefix("torch."), tuple(known))]
 
 
+def check_home(name: str, x: Tensor, weight: Tensor) -> None:
+    "`x` must be on the device of a module's `weight` (not on meta) and, except under autocast, of its dtype."
+    if weight.device.type != "meta" and x.device != weight.device:
+        rule = f"be on the module's device {weight.device}"
+        raise ValueError(complaint(name, rule, x.device, "move it, or the module with .to(device)"))
+    mixed = torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    if x.is_floating_point() and weight.dtype in FLOAT_DTYPES and x.dtype != weight.dtype and not mixed:
+        rule, advice = f"have the module's dtype {weight.dtype}", "convert it, or the module with .to(dtype)"
+        raise TypeError(complaint(name, rule, x.dtype, advice))
+
+
 def check_placement(name: str, x: Tensor, device: torch.device | None, dtype: torch.dtype | None) -> None:
     "Raises unless `x` is on `device` and of `dtype`, where given; a device without a number means any of its kind."
     if dtype is not None and x.dtype != dtype:
@@ -321,6 +354,14 @@ class Config:
             return cls.from_dict(json.loads(text))
         except json.JSONDecodeError as error:
             raise ValueError(complaint("text", rule, shown(text), f"write it with to_json ({error})")) from error
+
+
+def check_config(name: str, value: Any, cls: type[_C]) -> _C:
+    "`value` if it is a `cls`; a dict or another config is a `TypeError`."
+    if not isinstance(value, cls):
+        advice = f"make one with {cls.__name__}.from_dict"
+        raise TypeError(complaint(name, f"be a {cls.__name__}", type(value).__name__, advice))
+    return value
 
 
 def _nested(hint: Any, value: Any) -> Any:
@@ -440,17 +481,19 @@ class SparseAttentionConfig(DilatedAttentionConfig):
 
     pattern_type: str = "dilated_sparse"  # which blocks are kept: one of SPARSE_PATTERNS
     sparsity_ratio: float = 0.25  # share of the blocks that is kept, above 0 and at most 1
-    block_size: int = 128  # tokens along the side of a block
-    enable_adaptive: bool = False  # choose blocks by their content, not by their places alone
+    block_size: int = 128  # tokens along the side of a block, a multiple of 16
+    enable_adaptive: bool = False  # choose blocks by their content: for pattern_type "adaptive", and only for it
+    head_dim: int | None = None  # width of a head, which "adaptive" needs for what it learns
+    seed: int = 0  # of the pattern "random", at least 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check(check_choice, "pattern_type", choices=SPARSE_PATTERNS)
-        self._check(check_positive, "sparsity_ratio")
-        self._check(check_int, "block_size")
+        self._check(check_ratio, "sparsity_ratio")
+        self._check(check_block_size, "block_size")
+        self._check(check_int, "head_dim")
+        self._check(check_int, "seed", low=0)
         self._check(check_flag, "enable_adaptive")
-        if (ratio := self.sparsity_ratio) > 1:
-            raise ValueError(complaint("sparsity_ratio", "be at most 1", ratio, "it is the share kept; 1 keeps all"))
 
 # %% ../nbs/00_config.ipynb #fb96cf72
 @dataclass(frozen=True)
@@ -486,10 +529,11 @@ class MemoryPoolConfig(Config):
     enable_adaptive_cleanup: bool = True  # let unused buffers go early when memory is short
     enable_pinned_memory: bool = True  # page-lock host buffers where there is CUDA
     cleanup_threshold: int = 100  # requests between two clean-ups
-    eviction_policy: str = "lru"  # which goes first: the least recently ("lru") or frequently ("lfu") used
+    eviction_policy: str = "lru"  # first goes the least recently ("lru") or frequently ("lfu") used, or "adaptive"
+    max_bytes: int | None = None  # bytes kept at most; None is an eighth of the device's memory
 
     def __post_init__(self) -> None:
-        self._check(check_int, "max_pool_size", "cleanup_threshold")
+        self._check(check_int, "max_pool_size", "cleanup_threshold", "max_bytes")
         self._check(check_int, "hot_cache_size", low=0)
         self._check(check_flag, "enable_adaptive_cleanup", "enable_pinned_memory")
         self._check(check_choice, "eviction_policy", choices=EVICTION_POLICIES)

@@ -17,6 +17,7 @@ from dilated_attention_nb.config import (
     BACKENDS,
     DilatedAttentionConfig,
     check_choice,
+    check_config,
     check_flag,
     check_heads,
     check_length,
@@ -91,7 +92,7 @@ class DilatedAttention(nn.Module):
 
     def __init__(self, config: DilatedAttentionConfig, backend: str = "auto") -> None:
         super().__init__()
-        self.config = config
+        self.config = check_config("config", config, DilatedAttentionConfig)
         self.backend = check_choice("backend", backend, BACKENDS)
 
     def forward(

@@ -26,6 +26,7 @@ from dilated_attention_nb.config import (
     DilatedAttentionConfig,
     check_branches,
     check_choice,
+    check_config,
     check_flag,
     check_floats,
     check_heads,
@@ -155,7 +156,7 @@ def portion_size(q: Tensor, backward: bool) -> int:
     "Numbers in the queries of a portion."
     if q.device.type != "cpu":
         return 2**27
-    return 2**21 if backward and q.element_size() <= 2 else 2**23
+    return 2**22 if backward and q.element_size() <= 2 else 2**23
 
 
 def portions(
@@ -356,12 +357,10 @@ def _options(
 ) -> Options:  # fmt: skip
     name = resolve_backend(backend, q, mask is not None)
     every = ("dout", "q", "k", "v", "out")
-    copy = () if q.device.type != "cpu" else every if q.element_size() > 2 else ("q",)
+    copy = () if q.device.type != "cpu" else every if backward or q.element_size() > 2 else ("q",)
     zeros = ragged == "zeros" and not is_causal
     branches = tuple(segment_lengths), tuple(dilation_rates)
-    return Options(
-        *branches, is_causal, mixing, offsets, zeros, scale, name, portion_size(q, backward), copy
-    )
+    return Options(*branches, is_causal, mixing, offsets, zeros, scale, name, portion_size(q, backward), copy)
 
 
 @torch.library.custom_op("dilated_attention_nb::forward", mutates_args=())
@@ -370,7 +369,9 @@ def forward_op(
     is_causal: bool, mixing: str, offsets: str, ragged: str, scale: float, backend: str, use_tf32: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     "Merged out and lse."
-    options = _options(q, mask, segment_lengths, dilation_rates, is_causal, mixing, offsets, ragged, scale, backend, False)
+    options = _options(
+        q, mask, segment_lengths, dilation_rates, is_causal, mixing, offsets, ragged, scale, backend, False
+    )
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
     space = Workspace(q.device)
     with _tf32(use_tf32, q):
@@ -389,7 +390,9 @@ def backward_op(
     is_causal: bool, mixing: str, offsets: str, ragged: str, scale: float, backend: str, use_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     "dq, dk, dv."
-    options = _options(q, mask, segment_lengths, dilation_rates, is_causal, mixing, offsets, ragged, scale, backend, True)
+    options = _options(
+        q, mask, segment_lengths, dilation_rates, is_causal, mixing, offsets, ragged, scale, backend, True
+    )
     dq, dk, dv = (x.new_zeros(x.shape) if x.shape[1] > q.shape[1] else x.new_empty(x.shape) for x in (q, k, v))
     space = Workspace(q.device)
     with _tf32(use_tf32, q):
@@ -448,7 +451,7 @@ def dilated_attention(
     """Dilated attention, exact in values and gradients; saves q, k, v, out and lse for the backward pass.
 
     Queries are the last `nq` of `nk` positions; `hk` divides `h`. Rows without keys are 0. Raises `ValueError` or
-    `TypeError` for bad input, naming the argument. LongNet, Ding et al. 2023, arXiv:2307.02486, section 2.2.
+    `TypeError` for bad input, naming the argument. LongNet, Ding et al. 2023, arXiv:2307.02486, eq. 3 to 10, 13 to 15.
     """
     segment_lengths, dilation_rates = check_branches(segment_lengths, dilation_rates)
     check_choice("mixing", mixing, MIXINGS)
@@ -479,7 +482,7 @@ class ImprovedDilatedAttention(nn.Module):
 
     def __init__(self, config: DilatedAttentionConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = check_config("config", config, DilatedAttentionConfig)
 
     def forward(
         self,

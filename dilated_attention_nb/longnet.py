@@ -24,8 +24,10 @@ from dilated_attention_nb.config import (
     DilatedAttentionConfig,
     MultiheadConfig,
     check_choice,
+    check_config,
     check_dropout,
     check_flag,
+    check_home,
     check_int,
     check_positive,
     complaint,
@@ -140,14 +142,14 @@ def longnet_tiny(**values: Any) -> LongNetConfig:
 # %% ../nbs/12_longnet.ipynb #ef211f08
 def rotate(
     x: Float[Tensor, "b n h d"],
-    factors: Float[Tensor, "n half 2"],  # real and imaginary part, float32 or wider
+    factors: Float[Tensor, "*batch n half 2"],  # real and imaginary part, float32 or wider
 ) -> Float[Tensor, "b n h d"]:
     "Multiply the pairs `x[2i] + x[2i + 1] i` by the factors of their positions; rounded once, at the end."
     wide = x.to(torch.promote_types(x.dtype, factors.dtype)).unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():  # the compiler fuses real products, but has no complex ones
-        (a, b), (c, s) = wide.unbind(-1), factors[:, None].unbind(-1)
+        (a, b), (c, s) = wide.unbind(-1), factors.unsqueeze(-3).unbind(-1)
         return torch.stack((a * c - b * s, b * c + a * s), -1).flatten(-2).to(x.dtype)
-    product = torch.view_as_complex(wide) * torch.view_as_complex(factors)[:, None]
+    product = torch.view_as_complex(wide) * torch.view_as_complex(factors).unsqueeze(-2)
     return torch.view_as_real(product).flatten(-2).to(x.dtype)
 
 
@@ -155,8 +157,8 @@ def rotate(
 class Rotation:
     "Positions as factors: `q, k = rotation(q, k)`, the queries being the last `nq` of `nk` positions."
 
-    queries: Float[Tensor, "n half 2"]
-    keys: Float[Tensor, "n half 2"]
+    queries: Float[Tensor, "*batch n half 2"]
+    keys: Float[Tensor, "*batch n half 2"]
     exponent: float  # the largest factor is e to this
 
     def __call__(
@@ -166,11 +168,11 @@ class Rotation:
         if q.dtype == torch.float16 and self.exponent > 7:
             got = f"float16 with factors up to e^{self.exponent:.0f}"
             raise ValueError(complaint("position", "fit the dtype", got, "use bfloat16 or position='rope'"))
-        return rotate(q, self.queries[k.shape[1] - q.shape[1] :]), rotate(k, self.keys)
+        return rotate(q, self.queries[..., k.shape[1] - q.shape[1] :, :, :]), rotate(k, self.keys)
 
 
 def make_rotation(
-    positions: Int[Tensor, " n"],  # in the whole sequence, from 0
+    positions: Int[Tensor, "*batch n"],  # in the whole sequence, from 0
     config: LongNetConfig,  # with position "rope" or "xpos"
     dtype: torch.dtype = torch.float32,
 ) -> Rotation:
@@ -178,9 +180,10 @@ def make_rotation(
 
     Angles are computed in float64 and scales within windows, so that any position is as exact as the first.
     """
+    check_choice("position", config.position, ("xpos", "rope"))
     d, device = config.embed_dim // config.num_heads, positions.device
     where = torch.device("cpu") if device.type == "mps" else device  # which has no float64
-    n, i = positions.to(where, torch.float64)[:, None], torch.arange(0, d, 2, device=where, dtype=torch.float64)
+    n, i = positions.to(where, torch.float64)[..., None], torch.arange(0, d, 2, device=where, dtype=torch.float64)
     angles = n * config.rope_base ** (-i / d)
     turns = torch.stack((angles.cos(), angles.sin()), -1)
     if config.position == "rope":
@@ -227,10 +230,12 @@ class LongNetLayer(nn.Module):
         key_padding_mask: Bool[Tensor, "b n"] | None = None,
         is_causal: bool = False,
         position: Rotation | None = None,
+        cache: Callable[..., Tensor] | None = None,  # attends to earlier tokens as well: see decoding
     ) -> Float[Tensor, "b n e"]:
         said, _ = self.self_attn(
-            self.self_attn_layer_norm(x), key_padding_mask=key_padding_mask, is_causal=is_causal, position=position
-        )
+            self.self_attn_layer_norm(x), key_padding_mask=key_padding_mask, is_causal=is_causal, position=position,
+            cache=cache,
+        )  # fmt: skip
         x = x + self._dropped(said)
         return x + self._dropped(self.ffn(self.final_layer_norm(x)))
 
@@ -243,23 +248,16 @@ class LongNetLayer(nn.Module):
         return x * kept / (1 - self.drop_path)
 
 # %% ../nbs/12_longnet.ipynb #cd7efe97
-def _check_config(config: Any) -> LongNetConfig:
-    if not isinstance(config, LongNetConfig):
-        rule, advice = "be a LongNetConfig", "make one with LongNetConfig.from_dict"
-        raise TypeError(complaint("config", rule, type(config).__name__, advice))
-    return config
-
-
 class LayerStack(nn.Module):
     "Layers one after another, then a LayerNorm; over embeddings. Raises `TypeError` for another config."
 
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__()
-        self.config = _check_config(config)
+        self.config = check_config("config", config, LongNetConfig)
         self.layers = nn.ModuleList(LongNetLayer(config, depth) for depth in range(config.num_layers))
         self.layer_norm = nn.LayerNorm(config.embed_dim, config.layer_norm_eps)
 
-    def _rotation(self, x: Tensor, is_causal: bool) -> Rotation | None:
+    def _rotation(self, x: Tensor, is_causal: bool, cache: Any) -> Rotation | None:
         "Of the positions of `x`, for all layers."
         if self.config.position == "none":
             return None
@@ -267,24 +265,31 @@ class LayerStack(nn.Module):
             advice = "use 'rope' or 'none': xPos grows for keys to the right"
             raise ValueError(complaint("position", "not be 'xpos' without is_causal", "'xpos'", advice))
         dtype = torch.promote_types(x.dtype, torch.float32)
-        return make_rotation(torch.arange(x.shape[1], device=x.device), self.config, dtype)
+        positions = torch.arange(x.shape[1], device=x.device) if cache is None else cache.positions(x.shape[1])
+        return make_rotation(positions, self.config, dtype)
 
     def states(
         self,
         x: Float[Tensor, "b n e"],
         key_padding_mask: Bool[Tensor, "b n"] | None = None,  # True is padding
         is_causal: bool = False,
+        cache: Any = None,  # a `LongNetCache` of decoding: what earlier tokens left behind
     ) -> Iterator[Float[Tensor, "b n e"]]:
         "The stream before the first layer and after each, without the final LayerNorm."
+        if not isinstance(x, Tensor):
+            raise TypeError(complaint("x", "be a tensor [batch, seq, embed_dim]", type(x).__name__, "pass a tensor"))
         if x.dim() != 3 or x.shape[2] != self.config.embed_dim:
             rule = f"have shape [batch, seq, embed_dim] with embed_dim {self.config.embed_dim}"
             raise ValueError(complaint("x", rule, tuple(x.shape), "the batch comes first"))
-        position = self._rotation(x, is_causal)
+        check_home("x", x, self.layer_norm.weight)
+        if cache is not None and cache.config != self.config:
+            raise ValueError(complaint("cache", "be made for this model's config", cache.config, "make another"))
+        position = self._rotation(x, is_causal, cache)
         x = F.dropout(x, self.config.dropout, self.training)
         yield x
         recompute = self.config.activation_checkpointing and torch.is_grad_enabled()
-        for layer in self.layers:
-            given = (x, key_padding_mask, is_causal, position)
+        for i, layer in enumerate(self.layers):
+            given = (x, key_padding_mask, is_causal, position, None if cache is None else cache.layers[i])
             x = checkpoint(layer, *given, use_reentrant=False) if recompute else layer(*given)
             yield x
 
@@ -293,9 +298,10 @@ class LayerStack(nn.Module):
         x: Float[Tensor, "b n e"],
         key_padding_mask: Bool[Tensor, "b n"] | None = None,  # True is padding
         is_causal: bool = False,
+        cache: Any = None,  # a `LongNetCache`
     ) -> Float[Tensor, "b n e"]:
         "Raises `ValueError` for xPos without `is_causal`."
-        for state in self.states(x, key_padding_mask, is_causal):
+        for state in self.states(x, key_padding_mask, is_causal, cache):
             last = state
         return self.layer_norm(last)
 
@@ -370,7 +376,13 @@ def token_losses(
     targets: Int[Tensor, "*batch"],
     ignore_index: int = -100,  # a target that costs nothing
 ) -> Float[Tensor, "*batch"]:
-    "`cross_entropy(x @ weight.T, targets)` of each row in nats, float32 or wider; all logits never exist at once."
+    """`cross_entropy(x @ weight.T, targets)` of each row in nats, float32 or wider; all logits never exist at once.
+
+    Raises `ValueError` for targets of another shape.
+    """
+    if x.shape[:-1] != targets.shape:
+        got = f"{tuple(targets.shape)} for {tuple(x.shape)}"
+        raise ValueError(complaint("targets", "have x's shape without the last dimension", got, "one for each row"))
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
@@ -412,7 +424,7 @@ class LongNet(nn.Module):
 
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__()
-        _check_config(config)
+        check_config("config", config, LongNetConfig)
         if config.vocab_size is None:
             raise ValueError(complaint("vocab_size", "be an integer in a language model", None, "bytes have 256"))
         self.config = config
@@ -434,18 +446,18 @@ class LongNet(nn.Module):
         targets: Int[Tensor, "b n"] | None = None,  # what follows each token; -100 is left out
         key_padding_mask: Bool[Tensor, "b n"] | None = None,  # True is padding, left out of the loss too
         reduction: str = "mean",  # over the targets that count; or "none"
+        cache: Any = None,  # a `LongNetCache` of decoding: the tokens follow those that it has read
     ) -> Float[Tensor, "b n vocab"] | Float[Tensor, ""] | Float[Tensor, "b n"]:
         """Logits or, with targets, the loss in nats, computed without ever holding all logits.
 
         Raises `ValueError` or `TypeError` naming the argument.
         """
-        check_tokens("tokens", tokens, self.head_weight.shape[0])
-        x = self.embed_tokens(tokens) * self.config.embed_dim**0.5
-        x = self.decoder(x, key_padding_mask, is_causal=True)
+        check_choice("reduction", reduction, ("mean", "none"))
+        x = self.hidden(tokens, key_padding_mask, cache)
         if targets is None:
             return F.linear(x, self.head_weight)
-        check_choice("reduction", reduction, ("mean", "none"))
         check_tokens("targets", targets, self.head_weight.shape[0], -100)
+        check_home("targets", targets, self.head_weight)
         if targets.shape[0] != tokens.shape[0] or targets.shape[1] != tokens.shape[1]:
             rule = f"have the shape of tokens {tuple(tokens.shape)}"
             raise ValueError(complaint("targets", rule, tuple(targets.shape), "they are the tokens, shifted by one"))
@@ -453,6 +465,19 @@ class LongNet(nn.Module):
             targets = targets.masked_fill(key_padding_mask, -100)
         losses = token_losses(x, self.head_weight, targets)
         return losses if reduction == "none" else losses.sum() / (targets != -100).sum().clamp(min=1)
+
+    def hidden(
+        self, tokens: Int[Tensor, "b n"], key_padding_mask: Bool[Tensor, "b n"] | None = None, cache: Any = None
+    ) -> Float[Tensor, "b n e"]:
+        "What the head reads: of every token, or of those that follow what the cache has read. Raises as `forward`."
+        check_tokens("tokens", tokens, self.head_weight.shape[0])
+        check_home("tokens", tokens, self.head_weight)
+        x = self.embed_tokens(tokens) if cache is None else cache.embed(self.embed_tokens, tokens)
+        return self.decoder(x * self.config.embed_dim**0.5, key_padding_mask, True, cache)
+
+    def generate(self, *args: Any, **options: Any) -> Any:
+        "Continue a prompt, token by token: `decoding` puts its `generate` in this place."
+        raise NotImplementedError("generate comes with `import dilated_attention_nb.decoding`")
 
 # %% ../nbs/12_longnet.ipynb #ada8acfa
 class LongNetEncoder(LayerStack):
@@ -467,6 +492,7 @@ class LongNetEncoder(LayerStack):
         x: Float[Tensor, "b n e"] | Int[Tensor, "b n"],
         key_padding_mask: Bool[Tensor, "b n"] | None = None,  # True is padding
         is_causal: bool = False,
+        cache: Any = None,  # a `LongNetCache`
     ) -> Iterator[Float[Tensor, "b n e"]]:
         "The stream before the first layer and after each. Raises `ValueError` or `TypeError` for another input."
         if isinstance(x, Tensor) and not x.is_floating_point() and self.embed_tokens is not None:
@@ -475,7 +501,7 @@ class LongNetEncoder(LayerStack):
         if not isinstance(x, Tensor) or not x.is_floating_point():
             got = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(complaint("x", "be embeddings [batch, seq, embed_dim]", got, "vocab_size allows tokens"))
-        yield from super().states(x, key_padding_mask, is_causal)
+        yield from super().states(x, key_padding_mask, is_causal, cache)
 
 # %% ../nbs/12_longnet.ipynb #de183bd7
 def parameter_counts(config: LongNetConfig) -> dict[str, int]:

@@ -148,8 +148,8 @@ def grid_pairs(
 ) -> Iterator[tuple[Grid, Grid]]:  # (of the queries, of the keys); those without a query are left out
     "The grids of a branch: query row j of a pair is the same token as key row `j + keys.count - queries.count`."
     past = nk - nq
-    first, inside = divmod(past, w)
-    full, rest = divmod(nk, w)
+    first, inside = past // w, past % w
+    full, rest = nk // w, nk % w
     if inside:
         length = min(w, nk - first * w)
         yield Grid(0, 1, length - inside, (s - inside) % r, r), Grid(first * w, 1, length, s, r)

@@ -21,7 +21,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import pad, softplus
 
-from .config import BACKENDS, check_choice, check_flag, check_qkv, check_scale, complaint
+from dilated_attention_nb.config import (
+    BACKENDS,
+    check_choice,
+    check_device,
+    check_dtype,
+    check_flag,
+    check_qkv,
+    check_scale,
+    complaint,
+)
 from .masking import causal_mask
 
 # %% ../nbs/05_partial.ipynb #138e0402
@@ -293,8 +302,9 @@ def available_backends(
     masked: bool = False,  # with a key padding mask
 ) -> dict[str, str | None]:
     "For every backend but 'auto': None if it can be had here for such tensors, else the reason why not."
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return {name: kernel.obstacle(place, dtype, head_dim, masked) for name, kernel in KERNELS.items()}
+    place = check_device("device", device) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind = check_dtype("dtype", dtype) or torch.bfloat16
+    return {name: kernel.obstacle(place, kind, head_dim, masked) for name, kernel in KERNELS.items()}
 
 
 @lru_cache(maxsize=256)

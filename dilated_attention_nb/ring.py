@@ -37,6 +37,7 @@ from dilated_attention_nb.config import (
     complaint,
 )
 from .masking import Grid, branch_heads, clipped, kv_runs
+from .memory_pool import UnifiedMemoryPool
 from .partial import attend_backward, attend_forward, cast_like_autocast, merge_, resolve_backend
 
 # %% ../nbs/09_ring.ipynb #6b179a41
@@ -576,7 +577,7 @@ class Exchange:
 
 
 class Buffers:
-    "Receive buffers for one call, used again: the two methods of a memory pool."
+    "Where no memory pool is given: buffers for one call, used again in it, by the same two methods."
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -607,7 +608,7 @@ class Worker(Tiles):
         scale: float,
         backend: str,
         config: RingAttentionConfig,
-        buffers: Any,  # get_buffer(shape, dtype), return_buffer(buffer)
+        buffers: UnifiedMemoryPool | Buffers,
         record: list[Event] | None = None,
     ) -> None:
         super().__init__(task, plan, scale, backend, config)
@@ -1070,7 +1071,7 @@ class RingDilatedAttention(nn.Module):
         self,
         config: RingAttentionConfig,
         group: dist.ProcessGroup | None = None,
-        pool: Any = None,  # lends receive buffers: get_buffer(shape, dtype), return_buffer(buffer)
+        pool: UnifiedMemoryPool | None = None,  # lends buffers for messages; layers that take turns can share one
     ) -> None:
         super().__init__()
         if not isinstance(config, RingAttentionConfig):
@@ -1109,7 +1110,7 @@ class RingDilatedAttention(nn.Module):
             bounded(self._plans)[task] = tuple((one, make_plan(one, ring.rank)) for one in tasks)
         config = c if wanted else replace(c, use_checkpointing=True)
         backend, scale = resolve_backend("auto", q, task.masked), q.shape[3] ** -0.5
-        pool: Any = self.pool or Buffers(q.device)
+        pool = self.pool or Buffers(q.device)
         workers = [Worker(*planned, scale, backend, config, pool, self.record) for planned in self._plans[task]]
         self._meters = [worker.meter for worker in workers]
         out = Attention.apply(q, k, v, key_padding_mask, Apart(ring, workers, c.use_tf32, q.dtype))

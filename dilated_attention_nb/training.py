@@ -20,11 +20,13 @@ import lzma
 import math
 import os
 import platform
+import shlex
 import signal
+import stat
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
@@ -40,7 +42,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .config import Config, check_device, check_int, check_ints, check_positive, complaint
+from dilated_attention_nb.config import (
+    Config,
+    check_choice,
+    check_config,
+    check_device,
+    check_int,
+    check_ints,
+    check_positive,
+    complaint,
+)
+from .decoding import generate
 from .longnet import LongNet, LongNetConfig
 from .plotting import plot_curves, plot_training, save_figure
 
@@ -48,23 +60,24 @@ from .plotting import plot_curves, plot_training, save_figure
 SKIPPED = frozenset(("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"))
 
 
-def text_files(folder: Path, suffix: str = "") -> list[Path]:
-    "All files below `folder` that end in `suffix`, ordered by path, but hidden ones and those in `SKIPPED` folders."
+def text_files(folder: Path, suffix: str = "", skipped: Collection[str] = ()) -> list[Path]:
+    "All files below `folder` that end in `suffix`, ordered by path, but hidden ones and those in `skipped` folders."
 
     def fail(error: OSError) -> None:
         raise error
 
     found = []
     for where, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = [name for name in folders if name not in SKIPPED and name[0] != "."]
-        found += [Path(where, name) for name in names if name.endswith(suffix) and name[0] != "."]
+        folders[:] = [name for name in folders if name not in skipped and name[0] != "."]
+        paths = (Path(where, name) for name in names if name.endswith(suffix) and name[0] != ".")
+        found += [path for path in paths if stat.S_ISREG(path.stat().st_mode)]  # a pipe would never end
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 # %% ../nbs/15_training.ipynb #4d050b7f
 def held_out(sizes: dict[str, int], share: float = 1 / 16) -> set[str]:
     "Names of the files to hold out, at most `share` of the bytes, chosen by the hashes of their names."
     room, held = sum(sizes.values()) * share, set()
-    for name in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest()):
+    for name in sorted(sizes, key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()):
         if sizes[name] <= room:
             held.add(name)
             room -= sizes[name]
@@ -97,14 +110,17 @@ def to_bytes(tokens: Int[Tensor, " n"]) -> bytes:
 
 
 def read_corpus(text: str | None = None) -> Corpus:
-    """A file, a folder, or None for Python's standard library. Files with NUL bytes are no text and passed over.
+    """A file, a folder, or None for Python's standard library. Files with NUL bytes are no text and passed over,
+    and so are copies of held-out files.
 
     Where no file can be held out, the end of the text is. Raises `ValueError` if nothing can be read.
     """
-    root = Path(sysconfig.get_path("stdlib") if text is None else text).expanduser()
     advice = "pass --text with a file or folder of text"
+    if text == "":
+        raise ValueError(complaint("text", "name a file or folder", "an empty name", advice))
+    root = Path(sysconfig.get_path("stdlib") if text is None else text).expanduser()
     try:
-        paths = [root] if root.is_file() else text_files(root, ".py" if text is None else "")
+        paths = [root] if root.is_file() else text_files(root, *((".py", SKIPPED) if text is None else ()))
         read = {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}
     except OSError as error:
         got = f"{error.filename or root}: {error.strerror}"
@@ -114,7 +130,10 @@ def read_corpus(text: str | None = None) -> Corpus:
         got = f"{len(read)} files in {root}, each empty or not text"
         raise ValueError(complaint("text", "contain text", got, advice))
     held = held_out({name: len(part) for name, part in data.items()})
-    train, rest = ([name for name in data if (name in held) == wanted] for wanted in (False, True))
+    rest, copies = [name for name in data if name in held], {data[name] for name in held}
+    train = [name for name in data if data[name] not in copies]
+    if not train:  # nothing but copies of one file
+        train, rest = rest[:1], []
     streams = [to_tokens([data[name] for name in names]) for names in (train, rest) if names]
     if not rest:
         cut = len(streams[0]) * 15 // 16
@@ -146,7 +165,13 @@ class TrainingConfig(Config):
         plan = tuple((check_int("plan", n), check_int("plan", steps, 0)) for n, steps in self.plan)
         ngrams = check_ints("ngrams", self.ngrams) if self.ngrams else ()
         self._store(plan=plan, ngrams=ngrams, context=check_int("context", self.context, 16))
-        self._store(seed=check_int("seed", self.seed, 0), eval_bytes=check_int("eval_bytes", self.eval_bytes, 64))
+        if check_int("seed", self.seed, 0) >= 2**63:
+            raise ValueError(complaint("seed", "be below 2**63", self.seed, "pass a smaller number"))
+        check_config("model", self.model, LongNetConfig)
+        check_device("device", self.device)
+        check_choice("dtype", self.dtype, ("bfloat16", "float32"))
+        self._store(ngram_rows=check_int("ngram_rows", self.ngram_rows))
+        self._store(seed=int(self.seed), eval_bytes=check_int("eval_bytes", self.eval_bytes, 64))
         for name in ("muon_lr", "adam_lr", "embedding_lr"):
             self._store(**{name: check_positive(name, getattr(self, name))})
 
@@ -219,6 +244,7 @@ class NgramEmbedding(nn.Embedding):
     def __init__(self, vocab_size: int, embed_dim: int, ngrams: Sequence[int], rows: int) -> None:
         super().__init__(vocab_size, embed_dim)
         self.ngrams, self.rows = tuple(ngrams), rows
+        self.context = max(ngrams, default=1) - 1  # tokens before its own that an embedding depends on
         self.tables = nn.ModuleList(nn.Embedding(rows, embed_dim) for _ in ngrams)
         nn.init.normal_(self.weight, std=0.5 * embed_dim**-0.5)
         for rows_of_table in self.tables.parameters():
@@ -330,7 +356,7 @@ def load_checkpoint(
             about, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise ValueError(complaint("checkpoint", "be a whole safetensors file", f"{path}: {error}", advice)) from error
-    if about.get("config") != config.to_json():
+    if about.get("config") != config.to_json() or "step" not in about:
         raise ValueError(complaint("checkpoint", "be of this run's configuration", f"{path} of another", advice))
     own = {name: tensor.shape for name, tensor in model.state_dict().items()}
     found = {name.removeprefix("model."): t.shape for name, t in tensors.items() if name.startswith("model.")}
@@ -388,30 +414,28 @@ def forward_seconds(model: LongNet, config: TrainingConfig, length: int, enough:
     return min(times)
 
 # %% ../nbs/15_training.ipynb #20814f45
-@torch.no_grad()
 def sample_tokens(
     model: LongNet, config: TrainingConfig, prompt: Int[Tensor, " n"], count: int,
-    window: int = 1024, temperature: float = 0.7, seed: int = 0,
+    temperature: float = 0.7, seed: int = 0,
 ) -> Int[Tensor, " count"]:  # fmt: skip
-    "A continuation of the prompt, each token drawn given the last `window`."
-    draw = torch.Generator().manual_seed(seed)
-    tokens = prompt.long()
-    for _ in range(count):
-        with autocast(config):
-            logits = model(tokens[None, -window:].to(config.device))[0, -1]
-        chances = (logits.float() / temperature).softmax(-1).cpu()
-        tokens = torch.cat((tokens, torch.multinomial(chances, 1, generator=draw)))
-    return tokens[len(prompt) :].to(prompt.dtype)
+    "A continuation of the prompt, in the precision of training."
+    with autocast(config):
+        drawn = generate(model, prompt.long().to(config.device), count, temperature, seed=seed)
+    return drawn.cpu().to(prompt.dtype)
 
 # %% ../nbs/15_training.ipynb #2aea71b9
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    "Within, the first SIGINT or SIGTERM only adds its number to the list that is given."
+    "Within, SIGINT and SIGTERM only add their numbers to the list that is given, for a second; later ones act."
     noted: list[int] = []
+    times: list[float] = []
 
     def note(number: int, _: Any) -> None:
         noted.append(number)
-        signal.signal(number, before[number])
+        times.append(time.monotonic())
+        if times[-1] - times[0] > 1:  # sooner, it is the same one again: `make` passes on what its group gets as well
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
 
     before: dict[int, Any] = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -456,8 +480,12 @@ def train(
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     "The rows of `metrics.jsonl`, none if there is no such file; a last line that is not whole is left out."
     path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    try:
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError as error:
+        advice = "start a new run or bring the file back"
+        raise ValueError(complaint("metrics", "be lines of JSON", f"{path}: {error}", advice)) from error
 
 # %% ../nbs/15_training.ipynb #ab248038
 def origin(config: TrainingConfig) -> dict[str, Any]:
@@ -526,8 +554,9 @@ def finish(
     return results
 
 
-def load_run(run: Path) -> tuple[LongNet, TrainingConfig]:
+def load_run(run: Path | str) -> tuple[LongNet, TrainingConfig]:
     "The model of a finished run, and its configuration."
+    run = Path(run)
     config = TrainingConfig.from_json((run / "config.json").read_text())
     model = make_model(config)
     with safe_open(run / "model.safetensors", "pt") as file:
@@ -582,7 +611,7 @@ def parse(argv: Sequence[str] | None) -> tuple[dict[str, Any], Path, str | None]
 # %% ../nbs/15_training.ipynb #abc43c31
 def new_folder(out: Path, name: str | None) -> Path:
     "A folder that did not exist; without a name `longnet`, or the first of `longnet-2`, `longnet-3`, ... that is free."
-    if name is not None and (Path(name).name != name or name[0] == "."):
+    if name is not None and (Path(name).name != name or name[:1] in ("", ".") or len(name) > 200):
         raise ValueError(complaint("name", "be a plain folder name", repr(name), "put other folders into --out"))
     names = iter([name]) if name else (f"longnet-{i}" if i > 1 else "longnet" for i in range(1, 10_000))
     for wanted in names:
@@ -591,7 +620,16 @@ def new_folder(out: Path, name: str | None) -> Path:
             return out / wanted
         except FileExistsError:
             pass
-    raise ValueError(complaint("name", "be new", f"{out / str(name)}, which exists", "choose another or --resume it"))
+        except OSError as error:
+            got = f"{out / wanted}: {error.strerror}"
+            raise ValueError(
+                complaint("out", "be a folder to write to", got, "choose another --out or --name")
+            ) from error
+    raise _taken(out / str(name))
+
+
+def _taken(run: Path) -> ValueError:
+    return ValueError(complaint("name", "be new", f"{run}, which exists", "choose another or --resume it"))
 
 
 def calibrated_seconds(config: TrainingConfig, corpus: Corpus) -> list[float]:
@@ -637,10 +675,14 @@ def start_run(given: dict[str, Any], out: Path, began: float) -> tuple[Path, Tra
         got = f"{len(corpus.train):,} bytes and {len(corpus.held):,} held out"
         rule = f"be longer than the context {config.context:,}"
         raise ValueError(complaint("text", rule, got, "pass more text or a smaller --context"))
+    if given["name"] and (out / given["name"]).exists():  # before the time is spent on calibration
+        raise _taken(out / given["name"])
     if given["steps"] is not None:
         plan = plan_of_steps(check_int("steps", given["steps"]), config.context)
     else:
-        budget, seconds = 60 * check_positive("minutes", given["minutes"]), calibrated_seconds(config, corpus)
+        if (minutes := check_positive("minutes", given["minutes"])) > 1e6:
+            raise ValueError(complaint("minutes", "be at most a million", minutes, "that is two years"))
+        budget, seconds = 60 * minutes, calibrated_seconds(config, corpus)
         plan = make_plan(seconds, 0.8 * budget - (time.monotonic() - began), config.context)
     run, config = new_folder(out, given["name"]), replace(config, plan=plan)
     write_file(run / "config.json", config.to_json())
@@ -655,7 +697,11 @@ def resume_run(run: Path) -> tuple[Path, TrainingConfig, Corpus]:
     if (run / "results.json").exists():
         rule, got = "name a run that was interrupted", f"{run}, which is finished"
         raise ValueError(complaint("resume", rule, got, "start a new one"))
-    config = TrainingConfig.from_json((run / "config.json").read_text())
+    try:
+        config = TrainingConfig.from_json((run / "config.json").read_text())
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{run / 'config.json'}: {error}") from error
+    choose_device(config.device)
     corpus = read_corpus(config.text)
     if corpus.digest != config.digest:
         got = f"{config.text or 'a standard library'} with other content"
@@ -668,7 +714,7 @@ def demo(argv: Sequence[str] | None = None) -> int:  # the exit status: 0, 2 for
     began, (given, out, resume) = time.monotonic(), parse(argv)
     try:
         with noted_signals() as noted:
-            run, config, corpus = resume_run(out / resume) if resume else start_run(given, out, began)
+            run, config, corpus = start_run(given, out, began) if resume is None else resume_run(out / resume)
             model = make_model(config)
             optimizers = make_optimizers(model, config)
             saved = run / "checkpoint.safetensors"
@@ -677,13 +723,14 @@ def demo(argv: Sequence[str] | None = None) -> int:  # the exit status: 0, 2 for
             print(f"{config.steps} steps on {config.tokens:,} bytes; {config.device}, {config.dtype}")
             step = train(run, config, corpus, model, optimizers, step, noted)
             results = None if noted else finish(run, config, corpus, model, noted)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if results is None:
-        where = "" if out == Path("runs") else f" --out {out}"
+        where = [] if out == Path("runs") else ["--out", str(out)]
         print(f"saved {run} at step {step} of {config.steps}; continue with")
-        print(f"  python -m dilated_attention_nb.training --resume {run.name}{where}")
+        command = [sys.executable, "-m", "dilated_attention_nb.training", "--resume", run.name, *where]
+        print(f"  {shlex.join(command)}")
         return 128 + noted[0]
     saved.unlink()
     print(table(results), f"loss.png, context.png, speed.png, sample.txt and model.safetensors are in {run}", sep="\n")

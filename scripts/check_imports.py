@@ -28,9 +28,10 @@ ONLY = {
     "memory_pool": {"config"},
     "masking": {"config"},
     "partial": {"config", "masking"},
-    "block_sparse": {"config", "masking", "partial"},
+    "block_patterns": {"config", "plotting", "masking"},  # plotting: for BlockPattern.plot alone
+    "block_sparse": {"config", "masking", "partial", "block_patterns"},
     "ring": {"config", "memory_pool", "masking", "partial"},
-    "block_sparse_ring": {"config", "memory_pool", "masking", "partial", "block_sparse", "ring"},
+    "block_sparse_ring": {"config", "memory_pool", "masking", "partial", "block_patterns", "block_sparse", "ring"},
 }
 NOT = {"improved": {"dilated"}}
 # Every lesson may use these; exported code only where it is named here.
@@ -40,7 +41,7 @@ LESSONS = {
 }
 LEAVES = {"benchmarks"}  # nothing imports these
 
-NUMBERED = re.compile(r"^(\d+)_(\w+)\.ipynb$")
+NUMBERED = re.compile(r"^(\d+)([a-z]?)_(\w+)\.ipynb$")  # a letter stands between two numbers: 07, 07b, 08
 DEFAULT_EXP = re.compile(r"^\s*#\|\s*default_exp\s+(\S+)", re.MULTILINE)
 EXPORT = re.compile(r"^\s*#\|\s*exports?i?\b", re.MULTILINE)
 MAGIC = re.compile(r"^\s*[%!].*$", re.MULTILINE)
@@ -51,7 +52,7 @@ DEFINES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.
 class Notebook:
     path: Path
     cells: list[dict]
-    number: int | None = None
+    number: float | None = None
     modules: list[str] = field(default_factory=list)
 
     @property
@@ -70,7 +71,7 @@ def source(cell: dict) -> str:
 def read(path: Path) -> Notebook:
     nb = Notebook(path, json.loads(path.read_text(encoding="utf-8"))["cells"])
     if match := NUMBERED.match(path.name):
-        nb.number = int(match[1])
+        nb.number = int(match[1]) + (ord(match[2]) - 96) / 27 if match[2] else int(match[1])
     nb.modules = [m for _, _, text in nb.code() for m in DEFAULT_EXP.findall(text)]
     return nb
 
@@ -149,7 +150,7 @@ def check_numbers(notebooks: list[Notebook]) -> list[str]:
         match = NUMBERED.match(nb.name)
         if len(nb.modules) > 1:
             wrong.append(f"{nb.name}: {len(nb.modules)} `default_exp` cells; one notebook makes one module")
-        elif nb.modules and not (match and match[2] == nb.modules[0]):
+        elif nb.modules and not (match and match[3] == nb.modules[0]):
             wrong.append(f"{nb.name}: exports {nb.modules[0]}; call it NN_{nb.modules[0]}.ipynb")
         elif not nb.modules and any(EXPORT.search(text) for _, _, text in nb.code()):
             wrong.append(f"{nb.name}: exports cells but has no `#| default_exp`")

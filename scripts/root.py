@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import re
 import sys
 from configparser import ConfigParser
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 _NAMES: dict[str, tuple[str, ...]] = {{
 {names}}}
 _HOME = {{name: module for module, names in _NAMES.items() for name in names}}
+_COMPLETED: dict[str, tuple[str, ...]] = {completed}  # classes that later modules give methods
 
 __all__ = [
 {exported}]
@@ -52,6 +54,8 @@ if not TYPE_CHECKING:  # or every name would pass for one of ours
             raise AttributeError(f"module {{__name__!r}} has no attribute {{name!r}}")
         value = getattr(import_module(f"{{__name__}}.{{_HOME[name]}}"), name)
         globals()[name] = value
+        for module in _COMPLETED.get(name, ()):
+            import_module(f"{{__name__}}.{{module}}")
         return value
 
 
@@ -72,6 +76,13 @@ def public_names(path: Path) -> list[str]:
         if isinstance(node, ast.Assign) and any(getattr(t, "id", None) == "__all__" for t in node.targets):
             return list(ast.literal_eval(node.value))
     return []
+
+
+def completed(path: Path) -> list[str]:
+    "The names that the module at `path` puts attributes into, as in `LongNet.generate = generate`."
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    targets = [t for node in body if isinstance(node, ast.Assign) for t in node.targets]
+    return [t.value.id for t in targets if isinstance(t, ast.Attribute) and isinstance(t.value, ast.Name)]
 
 
 def collect(package: Path) -> dict[str, list[str]]:
@@ -108,12 +119,17 @@ def render(root: Path = ROOT) -> str:
             typed += f"    from {package}.{module} import (\n"
             typed += "".join(f"        {name} as {name},\n" for name in exported) + "    )\n"
         table += f'    "{module}": (\n' + "".join(f'        "{name}",\n' for name in exported) + "    ),\n"
+    later: dict[str, tuple[str, ...]] = {}
+    for module in names:
+        for name in completed(root / package / f"{module}.py"):
+            later[name] = (*later.get(name, ()), module)
     exported = "".join(f'    "{name}",\n' for name in ["__version__", *sorted(n for ns in names.values() for n in ns)])
     return TEMPLATE.format(
         description=cfg["description"],
         version=cfg["version"],
         typed=typed or "    pass\n",
         names=table,
+        completed=json.dumps(later).replace("[", "(").replace("]", ",)"),
         exported=exported,
     )
 

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import pickle
+import re
 import threading
 from itertools import islice
 from pathlib import Path
@@ -473,6 +474,34 @@ def test_plain_backend_in_blocks_of_rows(is_causal, shape, monkeypatch):
     )
 
 
+@paths
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_logsumexp_of_exactly_zero_is_no_missing_row(path, is_causal):
+    "One key with logit 0 has lse 0, which some systems take for a row without keys."
+    q = k = torch.zeros(1, 4, 1, 8)
+    v = make_qkv(1, 4, 1, 8)[2]
+    options = dict(segment_lengths=(1, 4), dilation_rates=(1, 2), mixing="softmax", is_causal=is_causal)
+    check_against_oracle(lambda *x: PATHS[path](*x, **options), q, k, v, **options)
+    assert torch.equal(PATHS[path](q, k, v, segment_lengths=(1,), dilation_rates=(1,), is_causal=is_causal), v)
+
+
+@paths
+def test_the_papers_heads_all_attend(path):
+    "12 heads and 5 branches: none is left at zero."
+    q, k, v = make_qkv(1, 48, 12, 8)
+    options = dict(segment_lengths=(4, 8, 16, 24, 48), dilation_rates=(1, 2, 4, 6, 12))
+    for mixing in ("groups", "softmax"):
+        assert PATHS[path](q, k, v, mixing=mixing, **options).any(3).any(1).all()
+
+
+def test_attention_is_computed_in_one_place():
+    "No module but `partial`, and the oracle that judges it, calls a softmax or a fused kernel for attention."
+    for file in Path(partial.__file__).parent.glob("*.py"):
+        if file.stem not in ("partial", "testing"):
+            found = re.findall(r"scaled_dot_product\w*|F\.softmax|torch\.softmax|\w*flash_attn_func", file.read_text())
+            assert not found, (file.name, found)
+
+
 def test_caches_are_bounded():
     for cache in (masking.tiles, partial._chosen):
         assert 0 < cache.cache_parameters()["maxsize"] <= 1024
@@ -610,6 +639,16 @@ def test_compiles_whole_with_few_recompilations(mixing):
     assert counter.frame_count <= 3  # the first compilation and at most two more
 
 
+def test_the_readable_form_compiles_too():
+    "Whole, and for each length anew: its loops are unrolled. Use the improved form where lengths change."
+    torch._dynamo.reset()
+    module = DilatedAttention(DilatedAttentionConfig((16, 32), (1, 2), mixing="softmax"))
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    for n in (64, 96, 128):
+        q, k, v = make_qkv(1, n, 4, 16)
+        assert torch.allclose(compiled(q, k, v, is_causal=True), module(q, k, v, is_causal=True), atol=1e-6)
+
+
 def test_operator_is_registered_soundly():
     q, k, v = make_qkv(1, 24, 4, 8, kv_heads=2, requires_grad=True)
     mask = torch.zeros(1, 24, dtype=torch.bool)
@@ -650,6 +689,8 @@ BAD = [  # what is passed, the error, what its text names
     (dict(k=shaped(*GOOD, dtype=torch.bool)), TypeError, ["k", "bool"]),
     (dict(v=shaped(*GOOD, dtype=torch.complex64)), TypeError, ["v", "complex64"]),
     (dict(q=shaped(*GOOD, dtype=torch.float8_e4m3fn)), TypeError, ["q", "float8"]),
+    (dict(q=shaped(*GOOD).to_sparse()), TypeError, ["q", "dense", "sparse_coo"]),
+    (dict(k=torch.nested.nested_tensor([shaped(32, 4, 8)] * 2)), TypeError, ["k", "dense", "nested"]),
     (dict(k=shaped(*GOOD, dtype=torch.float64)), TypeError, ["k", "float64", "float32"]),
     (dict(v=shaped(*GOOD, dtype=torch.bfloat16)), TypeError, ["v", "bfloat16"]),
     (dict(k=shaped(*GOOD, device="meta")), ValueError, ["k", "meta", "cpu"]),
@@ -719,7 +760,8 @@ assert len(BAD) >= 60
 @pytest.mark.parametrize(("change", "error", "texts"), BAD, ids=lambda x: "-".join(x) if isinstance(x, dict) else None)
 def test_bad_input_is_explained(change, error, texts):
     arguments = qkv(**change)
-    before = {name: x.clone() for name, x in arguments.items() if isinstance(x, Tensor) and x.device.type != "meta"}
+    dense = {name: x for name, x in arguments.items() if isinstance(x, Tensor) and not (x.is_sparse or x.is_nested)}
+    before = {name: x.clone() for name, x in dense.items() if x.device.type != "meta"}
     with pytest.raises(error) as caught:
         dilated_attention(**arguments)
     message = str(caught.value)
@@ -747,6 +789,21 @@ def test_modules_explain_too(module, change, error, texts):
 def test_bad_dropout(dropout):
     with pytest.raises((TypeError, ValueError), match="dropout"):
         DilatedAttentionConfig((8,), (1,), dropout=dropout)
+
+
+@pytest.mark.parametrize("config", [None, {"segment_lengths": (8,), "dilation_rates": (1,)}, (8,)])
+def test_what_is_no_config_is_refused(config):
+    with pytest.raises(TypeError, match="config must be a DilatedAttentionConfig, got"):
+        DilatedAttention(config)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [(dict(device="gpu"), ValueError), (dict(device=0), TypeError), (dict(dtype=torch.int8), ValueError)],
+)
+def test_backends_of_no_device_or_dtype(arguments, error):
+    with pytest.raises(error, match=next(iter(arguments))):
+        available_backends(**arguments)
 
 
 def test_readable_backend_is_checked():

@@ -161,7 +161,11 @@ BAD = [(cls, *row) for cls in ATTENTION for row in BAD_ATTENTION] + [
     (SparseAttentionConfig, "sparsity_ratio", NAN, ValueError, "finite"),
     (SparseAttentionConfig, "sparsity_ratio", True, TypeError, "bool"),
     (SparseAttentionConfig, "block_size", -128, ValueError, "-128"),
+    (SparseAttentionConfig, "block_size", 100, ValueError, "use 112 or 96"),
+    (SparseAttentionConfig, "block_size", 128.0, TypeError, "128.0"),
     (SparseAttentionConfig, "enable_adaptive", None, TypeError, "NoneType"),
+    (SparseAttentionConfig, "head_dim", 0, ValueError, "at least 1"),
+    (SparseAttentionConfig, "seed", -1, ValueError, "at least 0"),
     (DistributedConfig, "world_size", 0, ValueError, "at least 1"),
     (DistributedConfig, "world_size", 2.0, TypeError, "float"),
     (DistributedConfig, "rank", 0, ValueError, "give both"),
@@ -183,8 +187,10 @@ BAD = [(cls, *row) for cls in ATTENTION for row in BAD_ATTENTION] + [
     (MemoryPoolConfig, "enable_adaptive_cleanup", 1, TypeError, "int"),
     (MemoryPoolConfig, "enable_pinned_memory", "cuda", TypeError, "str"),
     (MemoryPoolConfig, "cleanup_threshold", 0, ValueError, "at least 1"),
-    (MemoryPoolConfig, "eviction_policy", "fifo", ValueError, "'lru', 'lfu'"),
+    (MemoryPoolConfig, "eviction_policy", "fifo", ValueError, "'lru', 'lfu', 'adaptive'"),
     (MemoryPoolConfig, "eviction_policy", 0, TypeError, "int"),
+    (MemoryPoolConfig, "max_bytes", 0, ValueError, "max_bytes must be at least 1"),
+    (MemoryPoolConfig, "max_bytes", 1e9, TypeError, "max_bytes must be an integer"),
 ]
 
 
@@ -338,7 +344,8 @@ def test_every_field_takes_part_in_equality(cls):
     special = {
         "embed_dim": 128, "num_heads": 4, "num_kv_heads": 2, "ring_size": 2, "world_size": 2, "device": "cpu",
         "dtype": "float16", "mixing": "softmax", "offsets": "interleaved", "ragged": "mask", "backend": "gloo",
-        "pattern_type": "local_window", "eviction_policy": "lfu", "strategy": "ring", "layout": "zigzag",
+        "pattern_type": "local_window", "eviction_policy": "lfu", "max_bytes": 2**20, "strategy": "ring",
+        "layout": "zigzag", "block_size": 64, "head_dim": 64,
     }  # fmt: skip
     config = cls(**GOOD[cls])
     for field in dataclasses.fields(cls):
@@ -461,8 +468,10 @@ def attention_configs(draw):
     sparse = {
         "pattern_type": draw(st.sampled_from(SPARSE_PATTERNS)),
         "sparsity_ratio": draw(st.floats(0, 1, exclude_min=True)),
-        "block_size": draw(ints),
+        "block_size": 16 * draw(st.integers(1, 64)),
         "enable_adaptive": draw(flags),
+        "head_dim": draw(st.none() | ints),
+        "seed": draw(st.integers(0, 2**31)),
     }
     cls, extra = draw(st.sampled_from([*zip(ATTENTION, ({}, ring, sparse))]))
     return cls(**fields, **extra)
@@ -485,7 +494,9 @@ def other_configs(draw):
     rank = draw(st.none() | st.integers(0, world - 1))
     backend, policy = draw(st.sampled_from(DISTRIBUTED_BACKENDS)), draw(st.sampled_from(EVICTION_POLICIES))
     distributed = DistributedConfig(world, rank, backend, *(draw(flags) for _ in range(5)), draw(ints))
-    pool = MemoryPoolConfig(size, draw(st.integers(0, size)), draw(flags), draw(flags), draw(ints), policy)
+    pool = MemoryPoolConfig(
+        size, draw(st.integers(0, size)), draw(flags), draw(flags), draw(ints), policy, draw(st.none() | ints)
+    )
     return draw(st.sampled_from([distributed, pool]))
 
 

@@ -587,6 +587,30 @@ BAD = {
         "embed_dim 64",
         lambda: make(LongNetEncoder, vocab_size=None, position="rope")(torch.zeros(1, 5, 32).double()),
     ),
+    "embeddings dtype": (
+        TypeError,
+        "x must have the module's dtype torch.float64",
+        lambda: make(LongNetEncoder, vocab_size=None, position="rope")(torch.zeros(1, 5, 64)),
+    ),
+    "embeddings device": (
+        ValueError,
+        "x must be on the module's device cpu",
+        lambda: make(LongNetEncoder, vocab_size=None, position="rope")(torch.zeros(1, 5, 64, device="meta")),
+    ),
+    "stack of a list": (TypeError, "x must be a tensor", lambda: make(LayerStack, position="rope")([1.0])),
+    "tokens device": (ValueError, "tokens must be on the module's device", lambda: make()(T.to("meta"))),
+    "targets device": (ValueError, "targets must be on the module's device", lambda: make()(T, T.to("meta"))),
+    "reduction without targets": (ValueError, "reduction", lambda: make()(T, reduction="sum")),
+    "losses of other targets": (
+        ValueError,
+        "targets must have x's shape without the last dimension",
+        lambda: token_losses(torch.zeros(2, 10, 8), torch.zeros(256, 8), T[:, :5]),
+    ),
+    "rotation by no position": (
+        ValueError,
+        "position must be one of 'xpos', 'rope'",
+        lambda: make_rotation(torch.arange(4), longnet_tiny(position="none")),
+    ),
     "not a config": (TypeError, "config must be a LongNetConfig", lambda: LongNet({"num_layers": 2})),
 }
 

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from dilated_attention_nb import ring
 from dilated_attention_nb.config import RING_LAYOUTS, RING_STRATEGIES, RingAttentionConfig
 from dilated_attention_nb.improved import dilated_attention
+from dilated_attention_nb.memory_pool import UnifiedMemoryPool
 from dilated_attention_nb.ring import (
     RingDilatedAttention,
     Task,
@@ -426,7 +427,14 @@ def steps(rank: int, world: int) -> dict:
     def step():
         return torch.autograd.grad(layer(q, k, v, True).sum(), (q, k, v))
 
+    shared = UnifiedMemoryPool()
+    pooled = RingDilatedAttention(config((48,), (1,), strategy="ring"), pool=shared)
     first = step()
+    for _ in range(3):
+        out = torch.autograd.grad(pooled(q, k, v, True).sum(), (q, k, v))
+        assert all(torch.equal(a, b) for a, b in zip(out, first))
+    stats = shared.get_stats()
+    assert stats["buffers_lent"] == 0 and stats["allocations"] == stats["total_buffers"] and stats["hits"] > 0
     lent, made = len(pool.lent), pool.made
     one, two = layer(q, k, v, True), layer(q, k, v, True)
     grads = [torch.autograd.grad(x.sum(), (q, k, v)) for x in (two, one)]

@@ -15,12 +15,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dilated_attention_nb import training
 from dilated_attention_nb.longnet import LongNetConfig
 from dilated_attention_nb.training import (
     SEPARATOR,
+    SKIPPED,
     VOCAB,
     NgramEmbedding,
     TrainingConfig,
@@ -138,6 +139,7 @@ def test_an_interrupted_run_resumes_as_if_nothing_had_been(name, rows, words, wh
     assert status == 128 + getattr(signal, name), err
     done = len(losses(tmp_path / "longnet"))
     assert rows <= done < 150 and f"step {done} of 150" in said and f"--resume longnet --out {tmp_path}" in said
+    assert said.splitlines()[-1].split()[0] == sys.executable  # what it says can be typed
     assert (tmp_path / "longnet/checkpoint.safetensors").exists() and "Traceback" not in err
     status, _, err = demo("--resume", "longnet", "--out", tmp_path)
     assert status == 0, err
@@ -232,6 +234,28 @@ def broken_config(run):
     (run / "config.json").write_text("{")
 
 
+def stepless(run):
+    config = TrainingConfig.from_json((run / "config.json").read_text())
+    tensors = load_file(run / "checkpoint.safetensors")
+    save_file(tensors, run / "checkpoint.safetensors", {"config": config.to_json()})
+
+
+def wrong_type(run):
+    values = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(values | {"seed": "zero"}))
+
+
+def other_device(run):
+    if torch.cuda.is_available():
+        pytest.skip("CUDA is there")
+    config = TrainingConfig.from_json((run / "config.json").read_text())
+    write_file(run / "config.json", replace(config, device="cuda").to_json())
+
+
+def broken_metrics(run):
+    (run / "metrics.jsonl").write_text("no json\n")
+
+
 def unknown_field(run):
     values = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(values | {"sed": 1}))
@@ -251,7 +275,11 @@ DAMAGE = {
     empty: "checkpoint must be a whole safetensors file",
     other_config: "checkpoint must be of this run's configuration",
     other_model: "checkpoint must have this model's parameters",
+    stepless: "checkpoint must be of this run's configuration",
     broken_config: "must be the JSON of a TrainingConfig",
+    wrong_type: "config.json: seed must be an integer",
+    other_device: "device must be there, got 'cuda'",
+    broken_metrics: "metrics must be lines of JSON",
     unknown_field: "no field 'sed'; did you mean 'seed'",
     other_text: "text must be what the run began with",
     no_config: "resume must name a run",
@@ -355,11 +383,17 @@ FLAGS = [
     (["--rates", "1", "0"], "must be at least 1"),
     (["--eval-bytes", "0"], "eval_bytes must be at least"),
     (["--device", "abacus"], "device must"),
+    (["--seed", str(2**63)], "seed must be below 2**63"),
     (["--name", "../x"], "name must"),
+    (["--name", ""], "name must"),
+    (["--name", "a" * 201], "name must"),
+    (["--text", ""], "text must name a file or folder, got an empty name"),
 ]
 
 
-@pytest.mark.parametrize(("flags", "says"), FLAGS, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    ("flags", "says"), FLAGS, ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else ""
+)
 def test_wrong_values_are_refused_before_anything_is_written(flags, says, words, tmp_path, capsys):
     assert training.demo(["--text", str(words), "--steps", "2", "--out", str(tmp_path / "runs"), *SIZE, *flags]) == 2
     said = capsys.readouterr().err
@@ -368,7 +402,13 @@ def test_wrong_values_are_refused_before_anything_is_written(flags, says, words,
 
 
 @pytest.mark.parametrize(
-    ("minutes", "says"), [("0", "must be above 0"), ("nan", "must be finite"), ("-1", "must be above 0")]
+    ("minutes", "says"),
+    [
+        ("1e308", "must be at most a million"),
+        ("0", "must be above 0"),
+        ("nan", "must be finite"),
+        ("-1", "must be above 0"),
+    ],
 )
 def test_a_time_is_a_positive_number(minutes, says, words, tmp_path, capsys):
     assert training.demo(["--text", str(words), "--minutes", minutes, "--out", str(tmp_path / "runs"), *SIZE]) == 2
@@ -384,6 +424,50 @@ def test_time_and_steps_exclude_each_other(capsys):
 def test_a_run_takes_about_its_time(words, tmp_path):
     status, said, err = demo("--text", words, "--minutes", "0.2", "--out", tmp_path, *SIZE)
     assert status == 0 and len(losses(tmp_path / "longnet")) > 10, err
+
+
+def test_a_folder_that_cannot_be_written_is_named(words, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    status = training.demo(["--text", str(words), "--steps", "2", "--out", str(tmp_path / "file"), *SIZE])
+    said = capsys.readouterr().err
+    assert status == 2 and said.startswith("error: out must be a folder to write to") and "longnet" in said
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_full_disk_is_no_traceback(words, tmp_path, capsys, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert training.demo(["--text", str(words), "--steps", "2", "--out", str(tmp_path), *SIZE]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+
+
+def test_an_empty_name_is_not_resumed(tmp_path, capsys):
+    assert training.demo(["--resume", "", "--out", str(tmp_path)]) == 2
+    assert "resume must name a run" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("dtype", "float8"), ("device", "abacus"), ("ngram_rows", 0), ("seed", 2**63), ("model", {"embed_dim": 32})],
+)
+def test_a_configuration_is_checked(field, value):
+    with pytest.raises((TypeError, ValueError), match=field):
+        replace(CONFIG, **{field: value})
+
+
+def test_signals_that_come_together_are_one(monkeypatch):
+    "`make` passes SIGTERM on to a process that its group's SIGTERM has reached already."
+    now = [0.0]
+    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
+    with training.noted_signals() as noted:
+        for _ in range(3):
+            signal.raise_signal(signal.SIGINT)
+        assert noted == [signal.SIGINT] * 3
+        now[0] = 1.5
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_resuming_takes_no_other_flags(capsys):
@@ -418,6 +502,44 @@ def test_no_held_out_line_is_trained_on(tmp_path):
     assert {f"only in {int(name[1:]):05}".encode() for name in corpus.held_files} == lines[1]
 
 
+def test_copies_of_a_held_out_file_are_not_trained_on(tmp_path):
+    for i in range(60):
+        (tmp_path / f"f{i}").write_text(f"only in {i % 30:05}\n" * 50)  # each twice
+    corpus = read_corpus(str(tmp_path))
+    lines = [set(to_bytes(stream).split(b"\n")) - {b""} for stream in (corpus.train, corpus.held)]
+    assert lines[1] and lines[0].isdisjoint(lines[1]) and len(lines[0] | lines[1]) == 30
+    only = [file for file in tmp_path.iterdir() if int(file.name[1:]) % 30]
+    for file in only:
+        file.unlink()
+    corpus = read_corpus(str(tmp_path))  # two copies of one file are one file
+    assert corpus.held_files == () and to_bytes(corpus.train) + to_bytes(corpus.held) in (
+        b"only in 00000\n" * 50,
+        b"only in 00000\n" * 100,
+    )
+    for i in range(40):
+        (tmp_path / f"g{i}").write_text("only in 00000\n" * 50)
+    corpus = read_corpus(str(tmp_path))
+    assert corpus.held_files == () and to_bytes(corpus.train) + to_bytes(corpus.held) == b"only in 00000\n" * 50
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_pipes_are_no_text(words, tmp_path):
+    (tmp_path / "a.txt").write_text("text " * 100)
+    os.mkfifo(tmp_path / "pipe")
+    assert text_files(tmp_path) == [tmp_path / "a.txt"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names are bytes on POSIX alone")
+def test_names_that_are_no_utf8(tmp_path):
+    for i in range(40):
+        name = os.path.join(os.fsencode(tmp_path), b"\xff%d.txt" % i)
+        try:
+            Path(os.fsdecode(name)).write_text(f"text {i} " * 100)
+        except OSError:
+            pytest.skip("this file system wants UTF-8")
+    assert len(read_corpus(str(tmp_path)).train_files) > 30
+
+
 @pytest.mark.parametrize("files", [1, 2, 3])
 def test_few_files_have_their_end_held_out(files, tmp_path):
     for i in range(files):
@@ -434,9 +556,9 @@ def test_files_are_found_in_order_without_tests_and_hidden_ones(tmp_path):
     for name in ("b.py", "a/z.py", "a/test/x.py", ".git/y.py", "a.py", "c.txt", "a/.h.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
-    found = [path.relative_to(tmp_path).as_posix() for path in text_files(tmp_path, ".py")]
+    found = [path.relative_to(tmp_path).as_posix() for path in text_files(tmp_path, ".py", SKIPPED)]
     assert found == ["a.py", "a/z.py", "b.py"]
-    assert len(text_files(tmp_path)) == 4
+    assert len(text_files(tmp_path)) == 5  # a folder of the user's, as it is
 
 
 # ---- the loop's arithmetic -------------------------------------------------------------------------------------------

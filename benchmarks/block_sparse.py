@@ -1,0 +1,335 @@
+"""Measure block-sparse attention and store the figures in benchmarks/block_sparse.json.
+
+    python benchmarks/block_sparse.py                          all sections
+    python benchmarks/block_sparse.py generation speed_8k      some of them
+    python benchmarks/block_sparse.py --cpu-time speed_8k      one thread and its CPU time: for a machine that is shared
+    python benchmarks/block_sparse.py --run runs/longnet error    on a trained demo model
+
+Every figure is a ratio of medians of runs that alternate within one process. Each section keeps its own device,
+threads, versions, date and clock. `x_rho` is the time of the sparse call over that of dense attention, over the density
+asked for; `x_density` is the same over the density that the pattern has (rows keep whole blocks).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import core
+import torch
+from torch import Tensor
+
+RESULTS = Path(__file__).with_name("block_sparse.json")
+H, D, BLOCK = 8, 64, 128
+STRUCTURED = ("local_window", "strided", "dilated_sparse")
+CLOCK = time.perf_counter
+
+
+def alternate(runs: dict[Any, Callable[[], Any]], repeats: int) -> dict[Any, float]:
+    "Median seconds of each run, taken in turn; one round of warm-up, which is all there is with 0 repeats."
+    seconds: dict[Any, list[float]] = {name: [] for name in runs}
+    for round_ in range(repeats + 1):
+        for name, run in runs.items():
+            begin = CLOCK()
+            run()
+            if round_ or not repeats:
+                seconds[name].append(CLOCK() - begin)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def dense_attention(x: list[Tensor], causal: bool) -> Tensor:
+    swapped = (y.transpose(1, 2) for y in x)
+    return torch.nn.functional.scaled_dot_product_attention(*swapped, is_causal=causal).transpose(1, 2)
+
+
+def speed(n: int, repeats: int, causals: tuple[bool, ...], what: tuple[str, ...]) -> dict[str, Any]:
+    "Sparse attention against dense `scaled_dot_product_attention`."
+    from dilated_attention_nb.block_patterns import block_pattern
+    from dilated_attention_nb.block_sparse import block_sparse_attention
+
+    rows: list[dict[str, Any]] = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for causal in causals:
+            leaves = [torch.randn(1, n, H, D).to(dtype).requires_grad_() for _ in range(3)]
+            plain, dout = [x.detach() for x in leaves], torch.randn(1, n, H, D).to(dtype)
+            patterns = {
+                (name, rho): block_pattern(name, n, sparsity_ratio=rho, is_causal=causal, num_heads=H)
+                for rho in (0.1, 0.25)
+                for name in (*STRUCTURED, "random")
+            }
+            for which in what:
+                both = which != "forward"
+                inputs = leaves if both else plain
+
+                def timed(f: Callable[[], Tensor], both: bool = both, x: Any = leaves, g: Any = dout) -> Any:
+                    return (lambda: torch.autograd.grad(f(), x, g)) if both else f
+
+                runs = {"dense": timed(lambda x=inputs, c=causal: dense_attention(x, c))}
+                for key, pattern in patterns.items():
+                    runs[key] = timed(
+                        lambda p=pattern, x=inputs, c=causal: block_sparse_attention(*x, p, is_causal=c)  # type: ignore[misc]
+                    )
+                seconds = alternate(runs, repeats)
+                for (name, rho), pattern in patterns.items():
+                    ratio, density = seconds[name, rho] / seconds["dense"], pattern.density
+                    density = pattern.causal_density if causal else density
+                    row = {
+                        "n": n,
+                        "dtype": str(dtype)[6:],
+                        "causal": causal,
+                        "pattern": name,
+                        "rho": rho,
+                        "what": which,
+                    }
+                    row |= {"x_rho": ratio / rho, "x_density": ratio / density, "density": density}
+                    rows.append(row | {"ms": seconds[name, rho] * 1e3, "dense_ms": seconds["dense"] * 1e3})
+                    print(rows[-1], flush=True)
+    return {"heads": H, "head_dim": D, "block_size": BLOCK, "rows": rows}
+
+
+def speed_8k() -> dict[str, Any]:
+    return speed(8192, 3, (False, True), ("forward", "forward+backward"))
+
+
+def speed_32k() -> dict[str, Any]:
+    return speed(32_768, 0, (False, True), ("forward", "forward+backward"))
+
+
+def density() -> dict[str, Any]:
+    "Time against density, forward, n = 8192, float32."
+    from dilated_attention_nb.block_patterns import block_pattern
+    from dilated_attention_nb.block_sparse import block_sparse_attention
+
+    n, rows = 8192, []
+    x = [torch.randn(1, n, H, D) for _ in range(3)]
+    runs: dict[Any, Callable[[], Any]] = {"dense": lambda: dense_attention(x, False)}
+    for name in ("local_window", "strided", "random"):
+        for rho in (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2):
+            pattern = block_pattern(name, n, sparsity_ratio=rho, num_heads=H)
+            runs[name, rho] = lambda p=pattern: block_sparse_attention(*x, p)  # type: ignore[misc]
+    seconds = alternate(runs, 3)
+    for key, value in seconds.items():
+        if key != "dense":
+            rows.append({"pattern": key[0], "rho": key[1], "ratio": value / seconds["dense"], "ms": value * 1e3})
+    return {
+        "n": n,
+        "heads": H,
+        "head_dim": D,
+        "dtype": "float32",
+        "causal": False,
+        "dense_ms": seconds["dense"] * 1e3,
+        "rows": rows,
+    }
+
+
+def flex() -> dict[str, Any]:
+    "Inference against compiled FlexAttention with the same mask."
+    from dilated_attention_nb.block_patterns import block_pattern
+    from dilated_attention_nb.block_sparse import block_sparse_attention
+
+    n, rows = 8192, []
+    for dtype in (torch.float32, torch.bfloat16):
+        x = [torch.randn(1, n, H, D).to(dtype) for _ in range(3)]
+        for name in ("local_window", "random"):
+            for causal in (False, True):
+                pattern = block_pattern(name, n, sparsity_ratio=0.25, is_causal=causal, num_heads=H)
+                runs: dict[Any, Callable[[], Any]] = {
+                    backend: lambda b=backend, p=pattern, c=causal, x=x: block_sparse_attention(
+                        *x, p, is_causal=c, backend=b
+                    )  # type: ignore[misc]
+                    for backend in ("auto", "flex")
+                }
+                with torch.no_grad():
+                    seconds = alternate(runs, 3)
+                row = {"n": n, "dtype": str(dtype)[6:], "pattern": name, "causal": causal, "rho": 0.25}
+                row |= {
+                    "ratio": seconds["auto"] / seconds["flex"],
+                    "ms": seconds["auto"] * 1e3,
+                    "flex_ms": seconds["flex"] * 1e3,
+                }
+                rows.append(row)
+                print(row, flush=True)
+    return {"heads": H, "head_dim": D, "block_size": BLOCK, "rows": rows}
+
+
+def make_one(name: str, rho: float, causal: bool, seconds: str) -> None:
+    "Generate a pattern for a million tokens, in a process of its own; its time goes to the file `seconds`."
+    from dilated_attention_nb.block_patterns import block_pattern
+
+    if "thread_time" in seconds:
+        torch.set_num_threads(1)
+    clock = time.thread_time if "thread_time" in seconds else time.perf_counter
+    begin = clock()
+    block_pattern(name, 2**20, sparsity_ratio=rho, is_causal=causal)
+    Path(seconds).write_text(str(clock() - begin))
+
+
+def generation() -> dict[str, Any]:
+    "Every fixed pattern for n = 1,048,576 at block 128: seconds, and what the process's memory grew by at most."
+    import block_sparse as this  # this file, under a name that another process can import
+
+    from dilated_attention_nb.config import SPARSE_PATTERNS
+    from dilated_attention_nb.testing import peak_memory
+
+    rows: list[dict[str, Any]] = []
+    for name in (p for p in SPARSE_PATTERNS if p != "adaptive"):
+        for causal in (False, True):
+            found = []
+            for _ in range(3):
+                with tempfile.TemporaryDirectory() as folder:
+                    file = f"{folder}/{'thread_time' if CLOCK is time.thread_time else 'seconds'}"
+                    memory = peak_memory(this.make_one, name, 0.25, causal, file, timeout_s=300)
+                    found.append((float(Path(file).read_text()), memory.extra))
+            row = {"pattern": name, "rho": 0.25, "causal": causal, "seconds": statistics.median(t for t, _ in found)}
+            rows.append(row | {"peak_gib": max(m for _, m in found) / 2**30})
+            print(rows[-1], flush=True)
+    return {"n": 2**20, "block_size": BLOCK, "rows": rows}
+
+
+def one_pass(n: int, dense: bool) -> None:
+    "Forward and backward in a process of its own."
+    from dilated_attention_nb.block_patterns import block_pattern
+    from dilated_attention_nb.block_sparse import block_sparse_attention
+
+    x = [torch.randn(1, n, 2, D).requires_grad_() for _ in range(3)]
+    out = dense_attention(x, True) if dense else None
+    if out is None:
+        out = block_sparse_attention(
+            *x, block_pattern("random", n, sparsity_ratio=2048 / n, is_causal=True), is_causal=True
+        )
+    out.sum().backward()
+
+
+def memory() -> dict[str, Any]:
+    "Peak memory of a training step, 16 blocks a row, as the length grows; bytes per token and number of q."
+    import block_sparse as this
+
+    from dilated_attention_nb.testing import peak_memory
+
+    rows = []
+    for n in (16_384, 32_768, 65_536):
+        growth = peak_memory(this.one_pass, n, False, timeout_s=900).extra
+        rows.append({"n": n, "mib": growth / 2**20, "times_q": growth / (n * 2 * D * 4)})
+        print(rows[-1], flush=True)
+    return {"heads": 2, "head_dim": D, "dtype": "float32", "causal": True, "pattern": "random", "rows": rows}
+
+
+def captured(model: Any, tokens: Tensor) -> list[tuple[Tensor, ...]]:
+    "q, k and v of each layer, as its attention gets them."
+    found: list[tuple[Tensor, ...]] = []
+    hooks = [
+        layer.self_attn.attention.register_forward_pre_hook(
+            lambda m, a: found.append(tuple(x.detach().float() for x in a[:3]))
+        )
+        for layer in model.decoder.layers
+    ]
+    with torch.no_grad():
+        model(tokens)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+RUN = ""
+
+
+def error() -> dict[str, Any]:
+    "What leaving blocks out does to the attention of a trained model: error of the output, share of attention kept."
+    from dilated_attention_nb.block_patterns import BlockPattern, block_pattern
+    from dilated_attention_nb.block_sparse import (
+        BlockScorer,
+        block_shares,
+        block_sparse_attention,
+        scorer_loss,
+    )
+    from dilated_attention_nb.training import load_run, read_corpus
+
+    if not RUN:
+        raise SystemExit("pass --run with the folder of a trained run, as runs/longnet from `make demo`")
+    (model, config), n, size, steps = load_run(Path(RUN)), 4096, 64, 60
+    corpus, torch_rng = read_corpus(config.text), torch.Generator().manual_seed(0)
+    trained = json.loads((Path(RUN) / "results.json").read_text())
+    layers = captured(model, corpus.held[:n][None].long())
+    every = torch.arange(n // size)
+    shares = [block_shares(q, k, every, size, True) for q, k, _ in layers]
+    dense = [dense_attention([q, k, v], True) for q, k, v in layers]
+    scorers = {rho: [BlockScorer(q.shape[3], size, rho) for q, _, _ in layers] for rho in (0.05, 0.1, 0.2, 0.4)}
+    first = scorers[0.05]
+    optimizer = torch.optim.Adam([p for s in first for p in s.parameters()], 0.01)
+    for _ in range(steps):
+        at = int(torch.randint(len(corpus.train) - n, (1,), generator=torch_rng))
+        losses = []
+        for scorer, (q, k, _) in zip(first, captured(model, corpus.train[at : at + n][None].long())):
+            rows = torch.randint(n // size, (8,), generator=torch_rng)
+            losses.append(scorer_loss(*scorer(q, k), block_shares(q, k, rows, size, True), rows, True))
+        optimizer.zero_grad()
+        torch.stack(losses).sum().backward()
+        optimizer.step()
+    rows_: list[dict[str, Any]] = []
+    for rho, own in scorers.items():
+        for scorer, learned in zip(own, first):
+            scorer.load_state_dict(learned.state_dict())
+        names = ("local_window", "strided", "global_local", "random", "hierarchical", "adaptive", "best possible")
+        for name in names:
+            errors, kept = [], []
+            for i, (q, k, v) in enumerate(layers):
+                if name == "adaptive":
+                    pattern = BlockPattern(*own[i].choose(*own[i](q, k), True), size, (n, n))
+                elif name == "best possible":
+                    counts = block_pattern(
+                        "local_window", n, block_size=size, sparsity_ratio=rho, is_causal=True
+                    ).kv_num_blocks
+                    order = (shares[i] + torch.eye(n // size)).argsort(3, descending=True).argsort(3)
+                    pattern = BlockPattern.from_dense(order < counts[..., None], size, (n, n))
+                else:
+                    options = (
+                        {"segment_lengths": (n,) * 3, "dilation_rates": (1, 2, 4)} if name == "hierarchical" else {}
+                    )
+                    pattern = block_pattern(
+                        name, n, block_size=size, sparsity_ratio=rho, is_causal=True, num_heads=q.shape[2], **options
+                    )
+                out = block_sparse_attention(q, k, v, pattern, is_causal=True)
+                errors.append(float((out - dense[i]).norm() / dense[i].norm()))
+                kept.append(float((shares[i] * pattern.to_dense()).sum(3).mean()))
+            row = {"pattern": name, "rho": rho, "error": statistics.mean(errors), "kept": statistics.mean(kept)}
+            rows_.append(row)
+            print(row, flush=True)
+    about = {"n": n, "block_size": size, "scorer_steps": steps, "bits_per_byte": trained["bits_per_byte"]}
+    return about | {"layers": len(layers), "dtype": "float32", "rows": rows_}
+
+
+SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
+    f.__name__: f for f in (generation, speed_8k, speed_32k, density, flex, memory, error)
+}  # fmt: skip
+
+
+def main() -> None:
+    global CLOCK, RUN
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS) + "; none: all")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="one thread, and its CPU time instead of the wall clock"
+    )
+    parser.add_argument("--run", default="", help="folder of a trained run; without it the section error is left out")
+    args = parser.parse_args()
+    RUN, chosen = args.run, args.sections or [name for name in SECTIONS if name != "error" or args.run]
+    if unknown := set(chosen) - set(SECTIONS):
+        parser.error(f"unknown section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+    if args.cpu_time:
+        CLOCK = time.thread_time
+        torch.set_num_threads(1)
+    for name in chosen:
+        print(f"{name} ...", flush=True)
+        result = core.environment() | {"clock": "CPU" if args.cpu_time else "wall"} | SECTIONS[name]()
+        stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        RESULTS.write_text(json.dumps(stored | {name: result}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,763 @@
+"Block-sparse attention: patterns, their cache, every path against the oracle with the dense mask, life as a module."
+
+import copy
+import pickle
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+import torch._dynamo.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
+
+from dilated_attention_nb import block_patterns, block_sparse, testing
+from dilated_attention_nb.block_patterns import BlockPattern, PatternCache, block_pattern
+from dilated_attention_nb.block_sparse import (
+    BlockScorer,
+    BlockSparseAttention,
+    block_shares,
+    block_sparse_attention,
+    pooled,
+)
+from dilated_attention_nb.config import SPARSE_PATTERNS, SparseAttentionConfig
+from dilated_attention_nb.multihead import create_dilated_attention, create_multihead_dilated_attention
+from dilated_attention_nb.partial import attend
+from dilated_attention_nb.testing import (
+    assert_batch_independent,
+    assert_causal,
+    assert_within_budget,
+    make_qkv,
+    plain_attention,
+    saved_for_backward,
+)
+
+FIXED = tuple(p for p in SPARSE_PATTERNS if p != "adaptive")
+fixed = pytest.mark.parametrize("name", FIXED)
+causal = pytest.mark.parametrize("is_causal", [False, True])
+
+
+def make_pattern(name, n, is_causal=False, heads=4, size=16, ratio=0.3, **options):
+    if name in ("dilated_sparse", "hierarchical"):
+        options = {"segment_lengths": (n, max(1, n // 2)), "dilation_rates": (3, 1)} | options
+    return block_pattern(
+        name, n, block_size=size, sparsity_ratio=ratio, is_causal=is_causal, num_heads=heads, **options
+    )
+
+
+def held(q, k, v, pattern, is_causal, mask=None, backend="auto", fn=None) -> dict[str, float]:
+    "Output and gradients within the budget of the float64 oracle with the dense form of the same mask."
+    counts = pattern.token_mask(is_causal)[0].expand(q.shape[2], -1, -1).long()
+    zeros = torch.zeros(counts.shape[:2], dtype=torch.int64)
+    seen, scale = testing._unpadded(counts, mask), q.shape[3] ** -0.5
+    dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(q)
+
+    def oracle(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (testing._repeat_heads(x, q.shape[2]) for x in (k, v))
+        weights, _ = testing._joint_softmax(torch.einsum("bihd,bjhd->bhij", q, k) * scale, seen, zeros)
+        return torch.einsum("bhij,bjhd->bihd", weights, v)
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return plain_attention(q, k, v, counts, zeros, key_padding_mask=mask)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return block_sparse_attention(q, k, v, pattern, is_causal=is_causal, key_padding_mask=mask, backend=backend)
+
+    exact = testing._run(oracle, [x.detach().double() for x in (q, k, v)], dout)
+    got, near = testing._run(fn or ours, [q, k, v], dout), testing._run(plain, [q, k, v], dout)
+    sizes = testing._magnitudes(q, k, v, dout, seen, zeros, 1, scale)
+    terms = sum(q.shape[1:]) + k.shape[1]
+    return {x: assert_within_budget(got[x], exact[x], near[x], sizes[x], terms, x) for x in exact}
+
+
+# ---------------------------------------------------------------- patterns
+
+
+@fixed
+@causal
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 31, 64, 200])
+def test_every_row_meets_the_ratio_and_keeps_its_own_block(name, is_causal, rows):
+    for ratio in (0.01, 0.1, 0.25, 0.3, 0.5, 0.77, 1.0):
+        dense = make_pattern(name, 16 * rows - 5, is_causal, ratio=ratio).to_dense()[0]
+        seen = torch.arange(1, rows + 1) if is_causal else torch.full((rows,), rows)
+        kept = dense.sum(-1)
+        assert ((kept - ratio * seen).abs() <= 1).all(), (ratio, kept)
+        assert dense.diagonal(dim1=1, dim2=2).all()
+        assert not is_causal or not dense.triu(1).any()
+        assert ratio < 1 or (dense.all() if not is_causal else dense.sum() == len(dense) * rows * (rows + 1) // 2)
+
+
+@settings(max_examples=150)
+@given(
+    st.sampled_from(FIXED), st.integers(1, 3000), st.floats(0.001, 1), st.booleans(), st.integers(1, 8),
+    st.lists(st.tuples(st.integers(1, 4000), st.integers(1, 40)), min_size=1, max_size=4),
+)  # fmt: skip
+def test_any_pattern_is_well_formed(name, n, ratio, is_causal, heads, branches):
+    lengths, rates = zip(*branches)
+    made = block_pattern(
+        name, n, block_size=16, sparsity_ratio=ratio, is_causal=is_causal, num_heads=heads, segment_lengths=lengths,
+        dilation_rates=rates,
+    )  # fmt: skip
+    seen = torch.arange(1, made.rows + 1) if is_causal else torch.full((made.rows,), made.rows)
+    assert ((made.kv_num_blocks - ratio * seen).abs() <= 1).all()
+    dense = made.to_dense()
+    assert (dense.sum(-1) == made.kv_num_blocks).all() and dense.diagonal(dim1=2, dim2=3).all()
+    assert made.kv_num_blocks.shape[1] in (1, max(heads, len(rates)))
+
+
+def test_what_each_pattern_is():
+    window = make_pattern("local_window", 640, True, ratio=0.2).to_dense()[0, 0]
+    assert all((row.nonzero().diff(dim=0) == 1).all() for row in window)
+    both = make_pattern("local_window", 640, False, ratio=0.2).to_dense()[0, 0]
+    assert all((row.nonzero().diff(dim=0) == 1).all() for row in both) and both[20].nonzero().float().mean() - 20 <= 1
+    assert make_pattern("global_local", 640, True, ratio=0.3).to_dense()[0, 0, 10:, 0].all()
+    columns = make_pattern("strided", 640, True, ratio=0.4).to_dense()[0, 0][:, ::4]
+    assert columns.tril(-8)[39, :9].all()
+    scales = block_pattern("hierarchical", 1600, block_size=16, segment_lengths=(1, 1, 1), dilation_rates=(1, 2, 4))
+    gaps = scales.to_dense()[0, 0, 50].nonzero().diff(dim=0).flatten()
+    assert gaps[12] <= 2 and gaps[0] > 4 and gaps[-1] > 4
+
+
+def test_dilated_is_this_librarys_dilation_in_blocks():
+    "With rate r and ratio 1 / r, over everything, blocks meet exactly if they are on the same grid."
+    made = block_pattern(
+        "dilated_sparse", 40 * 16, block_size=16, sparsity_ratio=0.25, is_causal=True, dilation_rates=(4,),
+        segment_lengths=(40 * 16,),
+    ).to_dense()[0, 0]  # fmt: skip
+    i, j = torch.arange(40)[:, None], torch.arange(40)
+    assert (made <= ((i - j) % 4 == 0)).all() and (made.sum(1) - (i // 4 + 1).flatten()).abs().max() <= 1
+    near = block_pattern(
+        "dilated_sparse", 4096, block_size=16, sparsity_ratio=0.05, segment_lengths=(512,), dilation_rates=(8,)
+    )
+    i, j = near.to_dense()[0, 0].nonzero().T
+    assert (i - j).abs().max() < 512 // 16
+
+
+def test_heads_differ_where_that_makes_sense():
+    dense = make_pattern("random", 1600, heads=3).to_dense()[0]
+    assert dense.shape[0] == 3 and not torch.equal(dense[0], dense[1])
+    branches = block_pattern(
+        "dilated_sparse", 1600, block_size=16, num_heads=5, segment_lengths=(1600, 800), dilation_rates=(3, 1)
+    )
+    dense = branches.to_dense()[0]
+    assert [torch.equal(dense[h], dense[0]) for h in range(5)] == [True, True, True, False, False]
+
+
+def test_random_is_seeded_and_nearly_uniform():
+    one, two = (make_pattern("random", 1600, seed=s).to_dense() for s in (0, 0))
+    assert torch.equal(one, two) and not torch.equal(one, make_pattern("random", 1600, seed=1).to_dense())
+    share = (
+        torch.stack([make_pattern("random", 1600, heads=8, seed=s).to_dense()[0] for s in range(20)])
+        .float()
+        .mean((0, 1))
+    )
+    far = share[80, 5:60]
+    assert (far - far.mean()).abs().max() < 0.15 and far.mean() > 0.1
+
+
+def test_a_million_tokens():
+    "Each fixed pattern in some seconds even here; memory is that of the indices (see benchmarks/block_sparse.json)."
+    for name in ("local_window", "strided"):
+        begin = time.thread_time()
+        made = block_pattern(name, 2**20, sparsity_ratio=0.1, is_causal=True)
+        assert time.thread_time() - begin < 10 and made.rows == 8192
+        assert made.kv_indices.numel() == 8192 * 819
+
+
+# ---------------------------------------------------------------- pattern as data
+
+
+@causal
+@fixed
+def test_round_trip_through_flex_attention(name, is_causal):
+    made = make_pattern(name, 333, is_causal)
+    back = BlockPattern.from_block_mask(made.to_block_mask(is_causal))
+    assert torch.equal(back.to_dense(), made.to_dense()) and back.seq_lens == (333, 333) and back.block_size == 16
+    assert torch.equal(BlockPattern.from_dense(made.to_dense(), 16, (333, 333)).to_dense(), made.to_dense())
+
+
+def test_from_flex_attention():
+    mask = create_block_mask(lambda b, h, q, k: q - k > 40 * h, 1, 2, 160, 160, device="cpu", BLOCK_SIZE=32)
+    made = BlockPattern.from_block_mask(mask)
+    assert torch.equal(made.to_dense(), mask.to_dense().bool()) and made.kv_num_blocks.shape == (1, 2, 5)
+
+
+def test_densities_and_last_rows():
+    made = make_pattern("strided", 320, True)
+    dense = made.to_dense()[0, 0]
+    assert made.density == pytest.approx(float(dense.float().mean()))
+    assert made.causal_density == pytest.approx(float(dense.sum()) / 210)
+    assert torch.equal(made.last(50).to_dense(), made.to_dense()[:, :, -4:]) if (320 - 50) % 16 == 0 else True
+    assert torch.equal(made.last(48).to_dense(), made.to_dense()[:, :, -3:])
+    assert torch.equal(made.last(48).token_mask(True), made.token_mask(True)[:, :, -48:])
+
+
+def test_plot_draws_the_blocks():
+    ax = make_pattern("random", 320).plot(head=2, title="random")
+    assert ax.get_title("left") == "random" and ax.get_xlabel() == "block of keys"
+
+
+def test_int64_indices_become_int32_and_rows_past_their_number_are_ignored():
+    made = BlockPattern(torch.tensor([[[1, 0]]]), torch.tensor([[[[0, 99], [-7, -7]]]]), 16, (32, 32))
+    assert made.kv_indices.dtype == torch.int32 and made.to_dense()[0, 0].tolist() == [[True, False], [False, False]]
+
+
+def row(*blocks):
+    return torch.tensor([[[list(blocks)]]], dtype=torch.int32)
+
+
+ONE = torch.tensor([[[2]]], dtype=torch.int32)
+BAD = [
+    (dict(kv_indices=row(1, 0)), ValueError, "ascend"),
+    (dict(kv_indices=row(1, 1)), ValueError, "each block once"),
+    (dict(kv_indices=row(0, 2)), ValueError, "blocks of keys 0 ... 1, got 2"),
+    (dict(kv_indices=row(-1, 0)), ValueError, "got -1"),
+    (dict(kv_num_blocks=ONE + 1), ValueError, "between 0 and the 2 indices"),
+    (dict(kv_num_blocks=-ONE), ValueError, "between 0"),
+    (dict(kv_num_blocks=ONE[0]), ValueError, "be \\[b, h, 1\\]"),
+    (dict(kv_num_blocks=ONE.expand(1, 1, 2)), ValueError, "one row for each"),
+    (dict(kv_indices=row(0, 1)[0]), ValueError, "be \\[b, h, 1\\]"),
+    (dict(kv_indices=row(0, 1).float()), TypeError, "integer tensor, got torch.float32"),
+    (dict(kv_num_blocks=ONE.bool()), TypeError, "integer"),
+    (dict(kv_indices=[[0, 1]]), TypeError, "integer tensor, got list"),
+    (dict(block_size=0), ValueError, "at least 1"),
+    (dict(block_size=24), ValueError, "multiple of 16, got 24; use 32 or 16"),
+    (dict(block_size=16.0), TypeError, "16.0"),
+    (dict(block_size=True), TypeError, "bool"),
+    (dict(seq_lens=(32, 16)), ValueError, "seq_lens must be \\(queries, keys\\)"),
+    (dict(seq_lens=(10, 30)), ValueError, "multiple of block_size 16"),
+    (dict(seq_lens=(16,)), ValueError, "seq_lens"),
+    (dict(seq_lens=16), TypeError, "seq_lens"),
+]
+
+
+@pytest.mark.parametrize("change, error, words", BAD, ids=range(len(BAD)))
+def test_malformed_patterns_are_refused(change, error, words):
+    good = dict(kv_num_blocks=ONE, kv_indices=row(0, 1), block_size=16, seq_lens=(16, 32))
+    BlockPattern(**good)
+    with pytest.raises(error, match=words):
+        BlockPattern(**{**good, **change})
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        (dict(pattern_type="windowed"), ValueError, "did you mean 'local_window'"),
+        (dict(pattern_type="adaptive"), ValueError, "pattern_type must be one of"),
+        (dict(pattern_type=None), TypeError, "NoneType"),
+        (dict(n=0), ValueError, "n must be at least 1"),
+        (dict(n=1.5), TypeError, "n must be an integer"),
+        (dict(sparsity_ratio=0), ValueError, "above 0"),
+        (dict(sparsity_ratio=1.01), ValueError, "at most 1"),
+        (dict(sparsity_ratio=float("nan")), ValueError, "finite"),
+        (dict(block_size=100), ValueError, "use 112 or 96"),
+        (dict(block_size=-16), ValueError, "at least 1"),
+        (dict(num_heads=0), ValueError, "num_heads"),
+        (dict(is_causal=1), TypeError, "is_causal"),
+        (dict(pattern_type="random", seed=-1), ValueError, "seed"),
+        (dict(pattern_type="dilated_sparse", segment_lengths=(4,), dilation_rates=(1, 2)), ValueError, "as long as"),
+    ],
+)
+def test_bad_arguments_of_block_pattern(change, error, words):
+    good = dict(pattern_type="local_window", n=100, block_size=16)
+    with pytest.raises(error, match=words):
+        block_pattern(**{**good, **change})
+
+
+def bad_calls():
+    q, k, v = make_qkv(2, 64, 4, 8)
+    made = make_pattern("random", 64)
+    three = BlockPattern(made.kv_num_blocks[:, :3], made.kv_indices[:, :3], 16, (64, 64))
+    batch = BlockPattern(made.kv_num_blocks.expand(3, -1, -1), made.kv_indices.expand(3, -1, -1, -1), 16, (64, 64))
+    yield dict(pattern=made.to_block_mask()), TypeError, "BlockPattern, got BlockMask"
+    yield dict(pattern=make_pattern("random", 80)), ValueError, "made for 64 queries and 64 keys, got \\(80, 80\\)"
+    yield dict(pattern=three), ValueError, "1 or q's 4 in its heads dimension, got 3"
+    yield dict(pattern=batch), ValueError, "1 or q's 2 in its batch dimension, got 3"
+    yield dict(is_causal=None), TypeError, "is_causal"
+    yield dict(scale=0.0), ValueError, "scale"
+    yield dict(backend="flax"), ValueError, "did you mean 'flex'"
+    yield dict(backend="efficient"), ValueError, "runs on CUDA"
+    yield dict(key_padding_mask=torch.zeros(2, 64)), TypeError, "bool"
+    yield dict(key_padding_mask=torch.zeros(2, 63, dtype=torch.bool)), ValueError, "keys"
+    yield dict(k=k[:, :, :3]), ValueError, "shape"
+    yield dict(q=q.int()), TypeError, "float"
+    yield dict(q=q.requires_grad_(), backend="flex"), ValueError, "no backward pass on the CPU"
+    yield dict(key_padding_mask=torch.zeros(2, 64, dtype=torch.bool), backend="flex"), ValueError, "key_padding_mask"
+
+
+@pytest.mark.parametrize("case", list(bad_calls()), ids=lambda case: case[2])
+def test_bad_calls(case):
+    change, error, words = case
+    q, k, v = make_qkv(2, 64, 4, 8)
+    with pytest.raises(error, match=words):
+        block_sparse_attention(**{"q": q, "k": k, "v": v, "pattern": make_pattern("random", 64), **change})
+
+
+# ---------------------------------------------------------------- the cache
+
+
+def test_a_pattern_is_made_once_even_by_many_threads(monkeypatch):
+    calls, slow = [], block_patterns.block_pattern
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        time.sleep(0.02)
+        return slow(*args, **kwargs)
+
+    monkeypatch.setattr(block_patterns, "block_pattern", counted)
+    cache, start = PatternCache(), threading.Barrier(16)
+
+    def work(i):
+        start.wait()
+        return [cache.get(FIXED[(i + j) % 6], 512, block_size=16, is_causal=True) for j in range(6)]
+
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(work, range(16)))
+    assert len(calls) == 6 == cache.made and len({id(p) for ps in found for p in ps}) == 6
+
+
+def test_a_full_cache_forgets_the_least_recently_used():
+    cache = PatternCache(max_entries=2)
+    a, b = cache.get("strided", 512), cache.get("strided", 640)
+    assert cache.get("strided", 512) is a
+    cache.get("strided", 768)
+    assert cache.get("strided", 512) is a and len(cache) == 2 and cache.get("strided", 640) is not b
+
+
+def test_bytes_are_bounded():
+    one = PatternCache()
+    one.get("random", 4096, block_size=16)
+    cache = PatternCache(max_bytes=2 * one.nbytes)
+    for seed in range(10):
+        cache.get("random", 4096, block_size=16, seed=seed)
+    assert len(cache) == 2 and cache.nbytes <= cache.max_bytes
+    tiny = PatternCache(max_bytes=1)
+    assert tiny.get("strided", 512).rows == 4 and len(tiny) == 0
+
+
+def test_failures_are_raised_to_all_and_not_kept():
+    cache = PatternCache()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="sparsity_ratio"):
+            cache.get("strided", 512, sparsity_ratio=2)
+    assert len(cache) == 0
+    for bad in (dict(max_entries=0), dict(max_bytes=0)):
+        with pytest.raises(ValueError, match="at least 1"):
+            PatternCache(**bad)
+
+
+def test_cache_under_stress():
+    cache, errors = PatternCache(max_entries=3), []
+
+    def work(seed):
+        rng = np.random.default_rng(seed)
+        for n in rng.integers(1, 9, 150):
+            made = cache.get("random", 64 * int(n), block_size=16, seed=int(n))
+            if made.seq_lens != (64 * n, 64 * n):
+                errors.append(n)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert not errors and len(cache) <= 3
+
+
+# ---------------------------------------------------------------- the oracle
+
+
+@fixed
+@causal
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_equals_the_oracle(name, is_causal, dtype):
+    for n in (1, 37, 128, 203):
+        q, k, v = make_qkv(2, n, 4, 8, kv_heads=2, dtype=dtype)
+        held(q, k, v, make_pattern(name, n, is_causal), is_causal)
+
+
+@fixed
+@causal
+@pytest.mark.parametrize("backend", ["flash", "math"])
+def test_padding_and_late_queries_equal_the_oracle(name, is_causal, backend):
+    mask = torch.rand(2, 150, generator=torch.Generator().manual_seed(1)) < 0.3
+    mask[0, :20], mask[1, 90:] = True, True
+    for nq in (150, 54):
+        q, k, v = make_qkv(2, nq, 4, 8, nk=150, dtype=torch.float64)
+        made = make_pattern(name, 150, True)
+        held(q, k, v, made if nq == 150 else made.last(nq), is_causal, mask, backend)
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_any_pattern_equals_the_oracle(data):
+    "Arbitrary blocks: rows without keys, missing diagonals, lists of their own for each batch entry and head."
+    draw = data.draw
+    size, nk = draw(st.sampled_from([16, 32])), draw(st.integers(1, 130))
+    cols = -(-nk // size)
+    nq = nk - size * draw(st.integers(0, cols - 1))
+    rows, heads = -(-nq // size), draw(st.sampled_from([1, 2, 4]))
+    seed, density = draw(st.integers(0, 99)), draw(st.floats(0, 1))
+    keep = torch.rand(1, draw(st.sampled_from([1, heads])), rows, cols, generator=torch.Generator().manual_seed(seed))
+    made = BlockPattern.from_dense(keep < density, size, (nq, nk))
+    q, k, v = make_qkv(
+        draw(st.integers(1, 2)), nq, heads, 8, kv_heads=draw(st.sampled_from([1, heads])), nk=nk, dtype=torch.float64
+    )
+    mask = torch.rand(len(q), nk, generator=torch.Generator().manual_seed(seed)) < 0.4 if draw(st.booleans()) else None
+    held(q, k, v, made, draw(st.booleans()), mask)
+
+
+def test_batch_entries_may_have_patterns_of_their_own():
+    made = [make_pattern("random", 100, True, seed=s) for s in range(2)]
+    both = BlockPattern(
+        *(torch.cat([getattr(p, x) for p in made]) for x in ("kv_num_blocks", "kv_indices")), 16, (100, 100)
+    )
+    q, k, v = make_qkv(2, 100, 4, 8)
+    together = block_sparse_attention(q, k, v, both, is_causal=True)
+    for b in range(2):
+        alone = block_sparse_attention(*(x[b : b + 1] for x in (q, k, v)), made[b], is_causal=True)
+        assert torch.equal(together[b : b + 1], alone)
+
+
+@fixed
+@causal
+def test_gradcheck(name, is_causal):
+    q, k, v = make_qkv(1, 35, 2, 4, kv_heads=1, dtype=torch.float64, requires_grad=True)
+    made = make_pattern(name, 35, is_causal, heads=2)
+    assert torch.autograd.gradcheck(lambda *x: block_sparse_attention(*x, made, is_causal=is_causal), (q, k, v))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["local_window", "strided", "random"])
+def test_blocks_of_128_equal_the_oracle(name, dtype):
+    "Large calls, those that stay in bfloat16 in the backward pass among them."
+    q, k, v = make_qkv(1, 2048, 1, 16, dtype=dtype)
+    held(q, k, v, block_pattern(name, 2048, sparsity_ratio=0.5, is_causal=True), True)
+
+
+def test_all_blocks_are_dense_attention():
+    q, k, v = make_qkv(2, 200, 4, 16)
+    made = make_pattern("local_window", 200, ratio=1.0)
+    assert torch.allclose(block_sparse_attention(q, k, v, made), attend(q, k, v)[0], atol=1e-6)
+
+
+def test_weights_of_a_row_sum_to_one():
+    q, k, _ = make_qkv(1, 300, 4, 8, dtype=torch.float64)
+    for name in FIXED:
+        out = block_sparse_attention(q, 9 * k, torch.ones_like(k), make_pattern(name, 300, True), is_causal=True)
+        assert torch.allclose(out, torch.ones_like(out), atol=1e-14)
+
+
+def test_rows_without_keys_are_zero():
+    keep = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    keep[0, 0, 2] = False
+    made = BlockPattern.from_dense(keep, 16, (64, 64))
+    q, k, v = make_qkv(1, 64, 2, 8, requires_grad=True)
+    out = block_sparse_attention(q, k, v, made)
+    assert (out[:, 32:48] == 0).all() and (out[:, :32] != 0).all()
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert (grads[0][:, 32:48] == 0).all() and all(g.isfinite().all() for g in grads)
+    nothing = BlockPattern.from_dense(~torch.ones_like(keep), 16, (64, 64))
+    assert (block_sparse_attention(q, k, v, nothing) == 0).all()
+
+
+@fixed
+def test_the_future_stays_unseen(name):
+    q, k, v = make_qkv(2, 150, 4, 8)
+    for pattern_causal in (False, True):
+        made = make_pattern(name, 150, pattern_causal)
+        for t in (1, 77, 149):
+            assert_causal(lambda *x, p=made: block_sparse_attention(*x, p, is_causal=True), q, k, v, t)
+
+
+def test_batch_rows_are_strangers():
+    q, k, v = make_qkv(3, 100, 4, 8)
+    mask, made = torch.rand(3, 100) < 0.2, make_pattern("random", 100)
+    assert_batch_independent(
+        lambda q, k, v, m: block_sparse_attention(q, k, v, made, key_padding_mask=m), q, k, v, mask
+    )
+
+
+def test_scale_and_strides_and_empty_gradients():
+    q, k, v = make_qkv(1, 100, 2, 8, dtype=torch.float64)
+    made = make_pattern("strided", 100, heads=2)
+    assert torch.allclose(
+        block_sparse_attention(2 * q, k, v, made, scale=0.1), block_sparse_attention(q, k, v, made, scale=0.2)
+    )
+    swapped = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    last = [torch.stack([x, x], -1)[..., 0] for x in (q, k, v)]
+    for other in (swapped, last):
+        assert torch.equal(block_sparse_attention(*other, made), block_sparse_attention(q, k, v, made))
+    out = block_sparse_attention(q, k, v.requires_grad_(), made)
+    assert torch.autograd.grad(out.sum(), v)[0].shape == v.shape
+
+
+def test_forward_mode_is_refused():
+    q, k, v = make_qkv(1, 32, 2, 8)
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda q: block_sparse_attention(q, k, v, make_pattern("strided", 32)), (q,), (q,))
+
+
+def test_autocast():
+    q, k, v = make_qkv(1, 64, 4, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert block_sparse_attention(q, k, v, make_pattern("random", 64)).dtype == torch.bfloat16
+
+
+def test_saves_only_its_inputs_and_the_merged_result():
+    q, k, v = make_qkv(1, 1024, 2, 16, requires_grad=True)
+    made = make_pattern("random", 1024, heads=2)
+    saved = saved_for_backward(lambda: block_sparse_attention(q, k, v, made))
+    indices = made.kv_num_blocks.untyped_storage().nbytes() + made.kv_indices.untyped_storage().nbytes()
+    assert saved.num_bytes == 4 * q.numel() * 4 + q.numel() // 16 * 4 + indices
+
+
+# ---------------------------------------------------------------- plans
+
+
+@settings(max_examples=100)
+@given(st.integers(0, 999), st.integers(1, 20), st.integers(1, 20), st.floats(0, 1), st.booleans())
+def test_a_plan_computes_every_block_once(seed, rows, past, density, swapped):
+    rng = np.random.default_rng(seed)
+    cols = rows + past
+    keep = torch.from_numpy(rng.random((1, 1, rows, cols)) < density)
+    keep = keep | keep.roll(1, 2) if seed % 2 else keep
+    made = BlockPattern.from_dense(keep, 16, (16 * rows, 16 * cols))
+    lists = block_sparse.Lists(made.kv_num_blocks[0, 0].numpy().astype(int), made.kv_indices[0, 0].numpy())
+    for is_causal in (False, True):
+        seen = np.zeros((rows, cols), int)
+        for p in block_sparse.plan((lists,), past, cols, is_causal, swapped, 8, 16):
+            for b in p.batches:
+                for r, c in zip(b.rows.blocks, b.cols.blocks):
+                    block = np.tri(len(r), dtype=int) if b.is_causal else 1
+                    seen[np.ix_(c, r) if swapped else np.ix_(r, c)] += block
+        want = keep[0, 0].numpy()
+        assert (seen == (want & np.tri(rows, cols, past, dtype=bool) if is_causal else want)).all()
+
+
+def test_plans_of_the_same_content_are_made_once():
+    made = make_pattern("strided", 2048, True)
+    block_sparse._small_plan.cache_clear()
+    q, k, v = make_qkv(2, 2048, 4, 8)
+    for pattern in (made, make_pattern("strided", 2048, True)):
+        block_sparse_attention(q, k, v, pattern, is_causal=True)
+    assert block_sparse._small_plan.cache_info().misses == 1
+
+
+# ---------------------------------------------------------------- compile, flex
+
+
+def test_compiled_without_a_break():
+    made = make_pattern("random", 96, True)
+    compiled = torch.compile(
+        lambda q, k, v: block_sparse_attention(q, k, v, made, is_causal=True), fullgraph=True, backend="aot_eager"
+    )
+    q, k, v = make_qkv(1, 96, 4, 8, requires_grad=True)
+    out, want = compiled(q, k, v), block_sparse_attention(q, k, v, made, is_causal=True)
+    assert torch.equal(out, want)
+    for a, b in zip(*(torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (out, want))):
+        assert torch.equal(a, b)
+
+
+def test_operators_keep_their_contract():
+    made = make_pattern("random", 48)
+    q, k, v = make_qkv(1, 48, 4, 8, requires_grad=True)
+    arguments = (q, k, v, None, made.kv_num_blocks, made.kv_indices, 16, True, 0.3, "auto", True)
+    torch.library.opcheck(block_sparse.sparse_forward_op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.slow
+def test_flex_attention_agrees():
+    for is_causal in (False, True):
+        made = block_pattern("random", 512, is_causal=is_causal, num_heads=4)
+        q, k, v = make_qkv(1, 512, 4, 16, kv_heads=2)
+        flex = block_sparse_attention(q, k, v, made, is_causal=is_causal, backend="flex")
+        assert torch.allclose(flex, block_sparse_attention(q, k, v, made, is_causal=is_causal), atol=1e-5)
+
+
+# ---------------------------------------------------------------- module, adaptive
+
+
+def config(**values):
+    return SparseAttentionConfig(**{"segment_lengths": (128,), "dilation_rates": (3,), "block_size": 16, **values})
+
+
+ADAPTIVE = dict(pattern_type="adaptive", enable_adaptive=True, head_dim=8)
+
+
+@pytest.mark.parametrize("name", SPARSE_PATTERNS)
+def test_module(name):
+    own = ADAPTIVE if name == "adaptive" else dict(pattern_type=name)
+    attention = BlockSparseAttention(config(**own))
+    q, k, v = make_qkv(2, 100, 4, 8, kv_heads=2, requires_grad=True)
+    out = attention(q, k, v, is_causal=True)
+    out.sum().backward()
+    assert out.shape == q.shape and q.grad.isfinite().all()
+    assert_causal(lambda *x: attention(*x, is_causal=True), q, k, v, 50)
+    if name != "adaptive":
+        made = attention.pattern(100, 4, True)
+        assert torch.equal(out, block_sparse_attention(q, k, v, made, is_causal=True)) and attention.cache.made == 1
+        for past in (48, 50, 99):
+            late = attention(q[:, past:], k, v, is_causal=True)
+            assert torch.allclose(late, out[:, past:], atol=1e-6)
+    for other in (copy.deepcopy(attention), pickle.loads(pickle.dumps(attention))):
+        assert torch.equal(other(q, k, v, is_causal=True), attention(q, k, v, is_causal=True))
+        assert len(attention.state_dict()) == len(other.state_dict()) == (2 if name == "adaptive" else 0)
+    compiled = torch.compile(attention.eval(), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.allclose(compiled(q, k, v, is_causal=True), attention(q, k, v, is_causal=True), atol=1e-6)
+
+
+def test_module_shares_a_cache():
+    cache = PatternCache()
+    for _ in range(3):
+        BlockSparseAttention(config(pattern_type="strided"), cache)(*make_qkv(1, 64, 2, 8))
+    assert cache.made == 1
+
+
+@pytest.mark.parametrize(
+    "values, error, words",
+    [
+        (dict(mixing="softmax"), ValueError, "mixing must be 'groups'"),
+        (dict(offsets="interleaved"), ValueError, "offsets"),
+        (dict(ragged="zeros"), ValueError, "ragged"),
+        (dict(enable_adaptive=True), ValueError, "only for it, got True with 'dilated_sparse'"),
+        (dict(pattern_type="adaptive"), ValueError, "got False with 'adaptive'"),
+        (dict(pattern_type="adaptive", enable_adaptive=True), ValueError, "head_dim must be given"),
+    ],
+)
+def test_options_without_a_meaning_are_refused(values, error, words):
+    with pytest.raises(error, match=words):
+        BlockSparseAttention(config(**values))
+
+
+def test_module_checks_config_dtype_and_dropout():
+    with pytest.raises(TypeError, match="SparseAttentionConfig"):
+        BlockSparseAttention(config().to_dict())
+    with pytest.raises(TypeError, match="float64 as the config says"):
+        BlockSparseAttention(config(dtype="float64"))(*make_qkv(1, 32, 2, 8))
+    dropped = BlockSparseAttention(config(dropout=0.5))
+    q, k, v = make_qkv(1, 64, 4, 8)
+    assert 0.3 < (dropped(q, k, v) == 0).float().mean() < 0.7 and (dropped.eval()(q, k, v) != 0).all()
+
+
+def test_the_options_of_the_config_reach_the_pattern():
+    base = BlockSparseAttention(config()).pattern(512, 4, True).to_dense()
+    for values in (
+        dict(sparsity_ratio=0.5),
+        dict(pattern_type="random"),
+        dict(dilation_rates=(1,)),
+        dict(segment_lengths=(16,)),
+    ):
+        other = BlockSparseAttention(config(**{"sparsity_ratio": 0.1, **values})).pattern(512, 4, True).to_dense()
+        assert other.shape != base.shape or not torch.equal(other, base)
+    seeds = [BlockSparseAttention(config(pattern_type="random", seed=s)).pattern(512, 4).to_dense() for s in (0, 1)]
+    assert not torch.equal(*seeds)
+
+
+def test_factories():
+    made = create_dilated_attention("block_sparse", segment_lengths=(64,), dilation_rates=(2,), pattern_type="strided")
+    assert isinstance(made, BlockSparseAttention) and made.config.pattern_type == "strided"
+    with pytest.raises(ValueError, match="no field 'sparsity'"):
+        create_dilated_attention("block_sparse", segment_lengths=(64,), dilation_rates=(2,), sparsity=0.1)
+    with pytest.raises(ValueError, match="no field 'sparsity_ratio'"):
+        create_dilated_attention("improved", segment_lengths=(64,), dilation_rates=(2,), sparsity_ratio=0.1)
+    layer = create_multihead_dilated_attention(
+        "block_sparse", embed_dim=32, num_heads=4, segment_lengths=(64,), dilation_rates=(2,), block_size=16,
+        pattern_type="adaptive", enable_adaptive=True, dtype=torch.float64,
+    )  # fmt: skip
+    x = torch.randn(2, 70, 32, dtype=torch.float64)
+    layer(x, is_causal=True)[0].sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in layer.attention.scorer.parameters())
+    _, weights = layer(x, is_causal=True, need_weights=True)
+    assert torch.allclose(weights.sum(-1), torch.ones(2, 70, dtype=torch.float64))
+
+
+@causal
+@pytest.mark.parametrize("ratio", [0.1, 0.4, 1.0])
+def test_adaptive_rows_meet_the_ratio(is_causal, ratio):
+    scorer = BlockScorer(8, 16, ratio)
+    q, k, _ = make_qkv(2, 330, 4, 8, kv_heads=2)
+    made = BlockPattern(*scorer.choose(*scorer(q, k), is_causal), 16, (330, 330))
+    seen = torch.arange(1, 22) if is_causal else torch.full((21,), 21)
+    assert ((made.kv_num_blocks - ratio * seen).abs() <= 1).all()
+    dense = made.to_dense()
+    assert dense.diagonal(dim1=2, dim2=3).all() and not (is_causal and dense.triu(1).any())
+
+
+def test_adaptive_keeps_the_highest_scores():
+    scorer = BlockScorer(8, 16, 0.25)
+    of_q, of_k = torch.randn(1, 20, 2, 8), torch.randn(1, 20, 2, 8)
+    made = BlockPattern(*scorer.choose(of_q, of_k, False), 16, (320, 320)).to_dense()
+    scores = torch.einsum("bihr,bjhr->bhij", of_q, of_k)
+    for i in range(20):
+        best = {i, *scores[0, 0, i].masked_fill(torch.arange(20) == i, float("-inf")).topk(4).indices.tolist()}
+        assert set(made[0, 0, i].nonzero().flatten().tolist()) == best
+
+
+def test_the_scorers_gradient_is_that_of_its_loss_and_changes_no_other():
+    attention = BlockSparseAttention(config(**ADAPTIVE))
+    q, k, v = make_qkv(1, 128, 2, 8, requires_grad=True)
+    torch.manual_seed(3)
+    out = attention(q, k, v, is_causal=True)
+    grads = torch.autograd.grad(2 * out.sum(), (q, k, v, attention.scorer.q_proj.weight))
+    torch.manual_seed(3)
+    rows = torch.randint(8, (4,))
+    of_q, of_k = attention.scorer(q.detach(), k.detach())
+    loss = block_sparse.scorer_loss(of_q, of_k, block_shares(q, k, rows, 16, True), rows, True)
+    assert torch.allclose(grads[3], torch.autograd.grad(loss, attention.scorer.q_proj.weight)[0])
+    of_q, of_k = attention.scorer(q, k)
+    made = BlockPattern(*attention.scorer.choose(of_q, of_k, True), 16, (128, 128))
+    plain = torch.autograd.grad(2 * block_sparse_attention(q, k, v, made, is_causal=True).sum(), (q, k, v))
+    assert all(torch.equal(a, b) for a, b in zip(grads, plain))
+
+
+@causal
+def test_shares_of_blocks_are_those_of_dense_attention(is_causal):
+    q, k, _ = make_qkv(2, 64, 4, 8, kv_heads=2, nk=100 - 4, dtype=torch.float64)
+    mask = torch.rand(2, 96) < 0.3
+    shares = block_shares(q, k, torch.tensor([0, 2, 3]), 16, is_causal, mask)
+    logits = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(2, 2)) * 8**-0.5
+    logits = logits.masked_fill(mask[:, None, None], float("-inf"))
+    if is_causal:
+        logits = logits.masked_fill(~torch.ones(64, 96).tril(32).bool(), float("-inf"))
+    dense = logits.softmax(3).unflatten(3, (6, 16)).sum(4).unflatten(2, (4, 16)).mean(3)
+    assert torch.allclose(shares, dense[:, :, [0, 2, 3]], atol=1e-14)
+
+
+def test_pooling_ignores_what_is_not_there():
+    x = torch.randn(2, 40, 3, 8)
+    mask = torch.zeros(2, 40, dtype=torch.bool)
+    mask[1, 20:] = True
+    found = pooled(x, 16, mask)
+    assert torch.allclose(found[0, 2], x[0, 32:].mean(0)) and torch.allclose(found[1, 1], x[1, 16:20].mean(0))
+    assert (found[1, 2] == 0).all()
+
+
+def test_the_scorer_learns_planted_links():
+    torch.manual_seed(0)
+    blocks, size, width = 32, 16, 16
+    attention = BlockSparseAttention(config(**{**ADAPTIVE, "head_dim": width, "sparsity_ratio": 0.2}))
+    optimizer = torch.optim.Adam(attention.parameters(), 0.01)
+
+    def planted():
+        marks = torch.nn.functional.normalize(torch.randn(2, blocks, 2, width), dim=-1) * 4
+        partner = (torch.rand(2, blocks) * torch.arange(blocks)).long()
+        q, k, v = (0.5 * torch.randn(2, blocks * size, 2, width) for _ in range(3))
+        q = q + marks[torch.arange(2)[:, None], partner].repeat_interleave(size, 1)
+        return q, k + marks.repeat_interleave(size, 1), v, partner
+
+    def recall():
+        q, k, _, partner = planted()
+        made = BlockPattern(*attention.scorer.choose(*attention.scorer(q, k), True), size, (blocks * size,) * 2)
+        found = made.to_dense().gather(3, partner[:, None, :, None].expand(-1, 2, -1, -1))
+        return float(found[:, :, 8:].float().mean())
+
+    before = recall()
+    for _ in range(60):
+        q, k, v, _ = planted()
+        optimizer.zero_grad()
+        attention(q, k, v, is_causal=True).sum().backward()
+        optimizer.step()
+    assert before < 0.4 and recall() > 0.8

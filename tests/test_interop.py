@@ -1,0 +1,581 @@
+"Checkpoints, GigaPath and torchscale weights, nn.MultiheadAttention: what was there stays, what misfits is refused."
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import dilated_attention_nb
+from dilated_attention_nb.config import DilatedAttentionConfig
+from dilated_attention_nb.interop import (
+    DilatedMHA,
+    GigaPathConfig,
+    GigaPathSlideEncoder,
+    from_pretrained,
+    position_codes,
+    register_with_transformers,
+    replace_attention,
+    save_pretrained,
+    tile_cells,
+)
+from dilated_attention_nb.longnet import LongNet, LongNetEncoder, longnet_tiny
+from dilated_attention_nb.testing import oracle_attention, peak_memory
+from dilated_attention_nb.training import SEPARATOR, NgramEmbedding
+
+FILE = np.load(Path(__file__).parent / "golden" / "gigapath_slide_encoder.npz")
+META = json.loads(FILE["meta"].tobytes())
+STATE = {name[6:]: torch.tensor(FILE[name]) for name in FILE.files if name.startswith("param.")}
+X, COORDS = torch.tensor(FILE["x"]), torch.tensor(FILE["coords"])
+BRANCHES = dict(segment_lengths=META["segment_lengths"], dilation_rates=META["dilation_rates"])
+SLIDE = dict(num_heads=META["heads"], **BRANCHES) | {
+    name: META[name]
+    for name in ("in_chans", "embed_dim", "depth", "ffn_dim", "slide_ngrids", "tile_size", "global_pool", "norm_eps")
+}
+SMALL = dict(
+    in_chans=24, embed_dim=32, depth=2, num_heads=2, segment_lengths=(8, 21, 50), dilation_rates=(1, 2, 4), ffn_dim=48
+)
+
+
+def encoder(cls=LongNetEncoder, **values):
+    torch.manual_seed(0)
+    return cls(longnet_tiny(**values)).eval()
+
+
+def slide(**values):
+    torch.manual_seed(0)
+    return GigaPathSlideEncoder(**SMALL | values).eval()
+
+
+def tiles(n=60, side=10, channels=24, batch=1):
+    places = torch.arange(n)
+    coords = torch.stack((places % side, places // side), -1) * 256.0
+    return torch.randn(batch, n, channels), coords.expand(batch, -1, -1)
+
+
+# ---------------------------------------------------------------- golden values
+
+
+def test_gigapaths_golden_values_are_reproduced():
+    model = GigaPathSlideEncoder(**SLIDE).eval()
+    model.load_state_dict(STATE)  # strict: the original names, all of them
+    with torch.no_grad():
+        assert (model(X, COORDS) - torch.tensor(FILE["out"])).abs().max() < 1e-5
+        layers = model(X, COORDS, all_layer_embed=True)
+        assert len(layers) == META["depth"] + 1
+        for k, layer in enumerate(layers):
+            assert layer.shape == (1, META["embed_dim"])
+            assert (layer - torch.tensor(FILE[f"layer{k}"])).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["slide_encoder.pth", "bare.pth", "slide.safetensors", "folder"])
+def test_gigapath_from_pretrained(tmp_path, kind):
+    path = tmp_path / kind
+    if kind == "slide_encoder.pth":
+        torch.save({"model": STATE | {"pos_embed": torch.zeros(1, 65, 128)}}, path)
+    elif kind == "bare.pth":
+        torch.save(STATE, path)
+    elif kind == "folder":
+        model = GigaPathSlideEncoder(**SLIDE)
+        model.load_state_dict(STATE)
+        model.save_pretrained(path)
+    else:
+        save_file(STATE, path)
+    model = GigaPathSlideEncoder.from_pretrained(path, **({} if kind == "folder" else SLIDE))
+    assert not model.training and model.config == GigaPathConfig(**SLIDE)
+    with torch.no_grad():
+        assert (model(X, COORDS) - torch.tensor(FILE["out"])).abs().max() < 1e-5
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def test_no_code_of_a_file_is_executed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": STATE, "args": Evil()}, "evil.pth")
+    Path("plain.pth").write_bytes(pickle.dumps(Evil()))
+    for name in ("evil.pth", "plain.pth"):
+        with pytest.raises(ValueError, match="can't be read"):
+            GigaPathSlideEncoder.from_pretrained(tmp_path / name, **SLIDE)
+    assert not Path("executed").exists()
+
+
+def test_from_torchscale():
+    inside = LongNetEncoder.from_torchscale(STATE, META["heads"], **BRANCHES, prefix="encoder.")
+    assert inside.config.embed_dim == META["embed_dim"] and inside.config.ffn_dim == META["ffn_dim"]
+    assert inside.config.num_layers == META["depth"] and inside.config.ragged == "zeros" and not inside.training
+    outside = GigaPathSlideEncoder(**SLIDE).eval()
+    outside.load_state_dict(STATE)
+    x = torch.randn(1, 51, 128)
+    with torch.no_grad():
+        assert torch.equal(inside(x), outside.encoder(x))
+    masked = LongNetEncoder.from_torchscale(STATE, META["heads"], **BRANCHES, prefix="encoder.", ragged="mask")
+    assert masked.config.ragged == "mask" and not torch.allclose(masked(x), inside(x), atol=1e-3)
+    bare = {name: x for name, x in STATE.items() if not name.endswith("bias") or "norm" in name or "ln" in name}
+    assert not LongNetEncoder.from_torchscale(bare, 16, **BRANCHES, prefix="encoder.").config.bias
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(prefix=""), "which prefix"), (dict(prefix="decoder."), "which prefix"), (dict(num_heads=5), "head_dim"),
+        (dict(segment_lengths=(8,)), "segment_lengths"), (dict(state_dict={}), "got nothing"),
+        (dict(state_dict=STATE | {"encoder.embed_positions.weight": X}), "embed_positions.weight is unknown"),
+        (dict(state_dict=STATE | {"encoder.layer_norm.weight": X}), "layer_norm.weight has shape"),
+        (dict(state_dict={k: v for k, v in STATE.items() if "inner_attn" not in k}), "inner_attn_ln.weight is missing"),
+        (dict(embed_dims=3), "embed_dims"), (dict(ragged="pad"), "ragged"),
+    ],
+)  # fmt: skip
+def test_from_torchscale_refuses(change, message):
+    given = dict(state_dict=STATE, num_heads=META["heads"], prefix="encoder.", **BRANCHES) | change
+    with pytest.raises((ValueError, TypeError), match=message):
+        LongNetEncoder.from_torchscale(**given)
+
+
+# ---------------------------------------------------------------- the slide encoder
+
+
+def test_codes_are_rows_of_the_table():
+    width, grid = 32, 6
+    omega = 10_000.0 ** (-np.arange(width // 4) / (width / 4))
+    for p in range(grid * grid):
+        halves = [np.concatenate([np.sin(c * omega), np.cos(c * omega)]) for c in (p % grid, p // grid)]
+        row = position_codes(torch.tensor([[p // grid, p % grid]]), width)
+        assert np.abs(row[0].numpy() - np.concatenate(halves)).max() < 1e-7
+    far = position_codes(torch.tensor([[999, 999], [0, 0]]), 768)
+    assert far.shape == (2, 768) and far.dtype == torch.float32
+
+
+def test_segment_lengths_that_do_not_divide_each_other():
+    model, (x, coords) = slide(), tiles()
+    whole = GigaPathConfig()
+    assert whole.segment_lengths == (1024, 5792, 32768, 185363, 1048576) and whole.encoder.num_heads == 16
+    attention = model.encoder.layers[0].self_attn
+    q, k, v = (torch.randn(1, 61, 2, 16) for _ in range(3))
+    options = dict(mixing="softmax", ragged="zeros")
+    expected, _ = oracle_attention(q, k, v, SMALL["segment_lengths"], SMALL["dilation_rates"], **options)
+    assert torch.allclose(attention.attention(q, k, v).double(), expected, atol=1e-5)
+    assert model(x, coords).shape == (1, 32)
+
+
+def test_options_of_the_slide_encoder_count():
+    x, coords = tiles()
+    outs = [slide(**v)(x, coords) for v in ({}, dict(global_pool=True), dict(ragged="mask"), dict(tile_size=200))]
+    assert all(not torch.allclose(a, b, atol=1e-4) for i, a in enumerate(outs) for b in outs[:i])
+    assert not torch.allclose(slide(norm_eps=0.5)(x, coords), outs[0], atol=1e-4)
+    far = coords + 256 * 9
+    assert not torch.allclose(slide()(x, far), outs[0], atol=1e-5)
+    with pytest.raises(ValueError, match="lie in"):
+        slide(slide_ngrids=9)(x, far)
+    training = slide().train()
+    assert not torch.equal(training(x, coords), training(x, coords))
+    calm = slide(dropout=0.0, drop_path_rate=0.0).train()
+    assert torch.allclose(calm(x, coords), outs[0], atol=1e-6)
+    assert slide(dropout=0.1, drop_path_rate=0.3).encoder.layers[1].drop_path == 0.3
+
+
+def test_slides_of_a_batch_are_independent_and_gradients_flow():
+    model, (x, coords) = slide(), tiles(batch=2)
+    both = model(x, coords)
+    assert torch.allclose(both[1], model(x[1:], coords[1:])[0], atol=1e-6)
+    model(x, coords, all_layer_embed=True)[-1].sum().backward()
+    assert model.patch_embed["proj"].weight.grad.abs().sum() > 0 and model.cls_token.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes(dtype):
+    (x, coords), model = tiles(), slide()
+    exact = model(x, coords)
+    low = slide().to(dtype)(x.to(dtype), coords)
+    assert low.dtype == dtype and (low.float() - exact).abs().max() < (1e-5 if dtype == torch.float64 else 0.2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (model(x, coords).float() - exact).abs().max() < 0.2
+
+
+GRID = torch.cartesian_prod(torch.arange(20), torch.arange(15))[None] * 256.0
+BAD_COORDS = [
+    (GRID / GRID.max(), "300 tiles in"), (GRID / GRID.max() * 1000, "300 tiles in"), (GRID / 256, "300 tiles in"),
+    (GRID * 2, "2 x 2 tiles"), (GRID * 4, "4 x 4 tiles"), (GRID * torch.tensor([2.0, 3.0]), "2 x 3 tiles"),
+    (GRID * 60, "lie in"), (GRID - 1, "lie in"), (GRID * float("nan"), "lie in"), (GRID + float("inf"), "lie in"),
+    (GRID[0], "shape"), (GRID[..., :1], "shape"), (GRID.tolist(), "shape"), (GRID[:, :0], None),
+    (GRID.half(), "half can't hold"), (GRID.bool(), "half can't hold"), (GRID.long(), None), (GRID.int() * 2, "2 x 2"),
+    (GRID + 13.7, None), (GRID[:, ::7] * 2, "2 x 2"), (GRID[:, :8] * 2, None), (GRID[:, :15] * 1.5, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("coords", "message"), BAD_COORDS)
+def test_coordinates_that_cannot_be_meant_are_refused(coords, message):
+    if message is None:
+        assert tile_cells(coords).dtype == torch.int64
+        return
+    with pytest.raises((ValueError, TypeError), match=message):
+        tile_cells(coords)
+
+
+def test_the_layout_check_can_be_switched_off():
+    for coords in (GRID / 10, GRID * 2):
+        assert tile_cells(coords, check_layout=False).shape == GRID.shape
+    x = torch.randn(1, 300, 24)
+    assert slide(check_layout=False)(x, GRID / 10).shape == (1, 32)
+    with pytest.raises(ValueError, match="cells of their own"):
+        slide()(x, GRID / 10)
+
+
+def test_random_parts_of_a_slide_pass_the_layout_check():
+    for seed in range(20):
+        some = torch.randperm(300, generator=torch.Generator().manual_seed(seed))[:40]
+        assert tile_cells(GRID[:, some] + 100.0).shape == (1, 40, 2)
+
+
+BAD_SLIDES = [
+    (dict(x=torch.randn(60, 24)), "x must have shape"), (dict(x=torch.randn(1, 60, 25)), "x must have shape"),
+    (dict(x=None), "x must have shape"), (dict(x=torch.randn(1, 0, 24)), "x must have shape"),
+    (dict(x=torch.randn(1, 59, 24)), "a row for each of"), (dict(x=torch.randn(2, 60, 24)), "a row for each of"),
+    (dict(all_layer_embed=1), "all_layer_embed"), (dict(coords=None), "coords must have shape"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_SLIDES)
+def test_bad_slides_are_explained(change, message):
+    x, coords = tiles()
+    with pytest.raises((ValueError, TypeError), match=message):
+        slide()(**dict(x=x, coords=coords) | change)
+
+
+BAD_ARGUMENTS = [
+    dict(in_chans=0), dict(embed_dim=30), dict(embed_dim=34), dict(depth=0), dict(num_heads=3), dict(ffn_dim=-1),
+    dict(slide_ngrids=0), dict(tile_size=0), dict(tile_size=1.5), dict(segment_lengths=(8, 16)),
+    dict(dilation_rates=(1, 2, 0)), dict(global_pool=1), dict(norm_eps=0), dict(dropout=1.0), dict(drop_path_rate=-1),
+    dict(ragged="pad"), dict(check_layout=None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", BAD_ARGUMENTS)
+def test_bad_arguments_are_named(change):
+    name = next(iter(change)).removesuffix("_rate")
+    with pytest.raises((ValueError, TypeError), match="embed_dim" if name in ("num_heads", "embed_dim") else name):
+        GigaPathSlideEncoder(**SMALL | change)
+
+
+def run_slide(n, depth):
+    torch.set_num_threads(1)
+    model = GigaPathSlideEncoder(depth=max(depth, 1)).eval()
+    if depth:
+        with torch.no_grad():
+            model(*tiles(n, 100, 1536))
+
+
+def extra(n, depth):
+    return peak_memory(run_slide, n, depth).peak - peak_memory(run_slide, n, 0).peak
+
+
+def test_ten_thousand_tiles_in_a_gibibyte():
+    assert extra(10_000, 1) < 2**30  # of one layer: layers give back what they take
+
+
+@pytest.mark.slow
+def test_ten_thousand_tiles_through_twelve_layers_in_a_gibibyte():
+    built = sum(p.numel() for p in GigaPathSlideEncoder().parameters()) * 4
+    one = sum(p.numel() for p in GigaPathSlideEncoder(depth=1).parameters()) * 4
+    assert extra(10_000, 12) - (built - one) < 2**30
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checkpoints_come_back(tmp_path, dtype):
+    tokens, (x, coords) = torch.randint(0, 256, (1, 40)), tiles()
+    models = [encoder(LongNet, tie_embeddings=tie, num_kv_heads=2) for tie in (True, False)]
+    models += [encoder(vocab_size=256, position="rope"), slide(global_pool=True)]
+    for model in models:
+        model = model.to(dtype)
+        given = (x.to(dtype), coords) if isinstance(model, GigaPathSlideEncoder) else (tokens,)
+        save_pretrained(model, tmp_path / "a" / "b")
+        for load in (from_pretrained, type(model).from_pretrained):
+            again = load(tmp_path / "a" / "b")
+            assert type(again) is type(model) and again.config == model.config and not again.training
+            assert torch.equal(again(*given), model(*given))
+            assert all(p.requires_grad and p.dtype == dtype for p in again.parameters())
+        assert sorted(os.listdir(tmp_path / "a" / "b")) == ["config.json", "model.safetensors"]
+    again(*given).float().sum().backward()
+
+
+def test_methods_are_there_wherever_the_class_comes_from():
+    for cls in (dilated_attention_nb.LongNet, dilated_attention_nb.LongNetEncoder):
+        assert cls.save_pretrained is save_pretrained and callable(cls.from_pretrained)
+    assert callable(dilated_attention_nb.LongNetEncoder.from_torchscale)
+
+
+def saved(folder):
+    encoder(LongNet).save_pretrained(folder)
+    return folder / "config.json", folder / "model.safetensors"
+
+
+def test_truncated_checkpoints_are_refused(tmp_path):
+    config, tensors = saved(tmp_path)
+    whole = tensors.read_bytes()
+    for size in (0, 1, 7, 8, 100, len(whole) // 2, len(whole) - 1):
+        tensors.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="truncated"):
+            LongNet.from_pretrained(tmp_path)
+    tensors.write_bytes(whole)
+    text = config.read_text()
+    for size in (0, 1, len(text) // 2, len(text) - 1):
+        config.write_text(text[:size])
+        with pytest.raises(ValueError, match="truncated"):
+            LongNet.from_pretrained(tmp_path)
+    config.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="no JSON"):
+        LongNet.from_pretrained(tmp_path)
+    torch.save({"model": STATE}, tmp_path / "a.pth")
+    data = (tmp_path / "a.pth").read_bytes()
+    for size in (0, 3, 100, len(data) // 2, len(data) - 100):
+        (tmp_path / "a.pth").write_bytes(data[:size])
+        with pytest.raises(ValueError, match="can't be read"):
+            GigaPathSlideEncoder.from_pretrained(tmp_path / "a.pth", **SLIDE)
+
+
+def test_missing_checkpoints_are_named(tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(FileNotFoundError, match="config.json"):
+            LongNet.from_pretrained(path)
+    saved(tmp_path)[1].unlink()
+    with pytest.raises(FileNotFoundError, match="model.safetensors"):
+        LongNet.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="slide_encoder.pth"):
+        GigaPathSlideEncoder.from_pretrained(tmp_path / "slide_encoder.pth")
+
+
+def test_configs_that_do_not_fit_are_explained(tmp_path):
+    config, _ = saved(tmp_path)
+    about = json.loads(config.read_text())
+    wrong = {
+        "no field 'embed_dims'": about | {"config": about["config"] | {"embed_dims": 3}},
+        "head_dim": about | {"config": about["config"] | {"num_heads": 5}},
+        "embed_tokens.weight has shape": about | {"config": about["config"] | {"vocab_size": 100}},
+        "layers.2.*is missing": about | {"config": about["config"] | {"num_layers": 3}},
+        "layers.1.*is unknown": about | {"config": about["config"] | {"num_layers": 1}},
+        "'class'.*got 'Linear'": about | {"class": "Linear"},
+        "'class'.*got None": [1, 2],
+        "be a dict": {"class": "LongNet"},
+    }
+    for message, content in wrong.items():
+        config.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=message):
+            from_pretrained(tmp_path)
+    config.write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="holds a LongNet, not a LongNetEncoder"):
+        LongNetEncoder.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="config.json of its own"):
+        GigaPathSlideEncoder.from_pretrained(tmp_path, depth=3)
+
+
+def test_tensors_that_do_not_fit_are_named(tmp_path):
+    path = tmp_path / "a.pth"
+    for content, message in (
+        (STATE | {"head.weight": X}, "head.weight is unknown"),
+        ({k: v for k, v in STATE.items() if k != "norm.bias"}, "norm.bias is missing"),
+        (STATE | {"cls_token": torch.zeros(1, 1, 64)}, r"cls_token has shape \(1, 1, 64\), the model's \(1, 1, 128\)"),
+        ({k: v for k, v in STATE.items() if "encoder" not in k}, "and .* more"),
+        ({"model": 3}, "no state dict"), ([X], "no state dict"), ({"epoch": 3, "x": X}, "no state dict"),
+    ):  # fmt: skip
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=message):
+            GigaPathSlideEncoder.from_pretrained(path, **SLIDE)
+
+
+def test_models_that_their_config_does_not_describe_are_not_saved(tmp_path):
+    model = encoder(LongNet)
+    model.embed_tokens = NgramEmbedding(SEPARATOR + 1, 64, (2,), 64)
+    with pytest.raises(ValueError, match="other parameters"):
+        save_pretrained(model, tmp_path / "x")
+    with pytest.raises(TypeError, match="be one of LongNet"):
+        save_pretrained(nn.Linear(2, 2), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+# ---------------------------------------------------------------- nn.MultiheadAttention
+
+
+def stack(layers=2, **values):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 48, **dict(batch_first=True, dropout=0.0) | values)
+    return nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+
+
+FULL = DilatedAttentionConfig((24,), (1,))
+SEEN = torch.arange(24) >= torch.tensor([[24], [17]])
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "values", [{}, dict(norm_first=True, activation="gelu"), dict(bias=False), dict(batch_first=False)]
+)
+def test_one_full_branch_is_the_original(values, causal, padded, training):
+    model = stack(**values).train(training)
+    x = torch.randn(2, 24, 32)
+    given = x if values.get("batch_first", True) else x.transpose(0, 1)
+    mask = nn.Transformer.generate_square_subsequent_mask(24) if causal else None
+    options = dict(mask=mask, is_causal=causal, src_key_padding_mask=SEEN if padded else None)
+    expected = model(given, **options)
+    names, parameters = list(model.state_dict()), list(model.parameters())
+    replace_attention(model, FULL)
+    got = model(given, **options)
+    error = (got - expected).abs()
+    error = error if values.get("batch_first", True) else error.transpose(0, 1)
+    assert error[~SEEN if padded else ...].max() < 2e-6
+    assert list(model.state_dict()) == names and all(a is b for a, b in zip(model.parameters(), parameters))
+
+
+def test_dilation_takes_effect_in_eval_too():
+    "PyTorch's fused layer and its nested tensors would bypass the attention."
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 48, batch_first=True), 1)
+    twin = replace_attention(model, replace(FULL, segment_lengths=(6,))).eval()
+    x = torch.randn(2, 24, 32)
+    for padding in (None, SEEN):
+        with torch.no_grad():
+            whole = twin(x, src_key_padding_mask=padding)
+            first = twin(x[:, :6], src_key_padding_mask=None if padding is None else padding[:, :6])
+        assert torch.allclose(whole[:, :6], first, atol=1e-6)
+    other = torch.cat((x[:, :6], torch.randn(2, 18, 32)), 1)
+    with torch.no_grad():
+        assert torch.equal(twin(other)[:, :6], twin(x)[:, :6])
+
+
+def test_an_optimizer_made_before_still_trains_it():
+    model = stack()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    replace_attention(model, replace(FULL, segment_lengths=(6, 24), dilation_rates=(1, 2)))
+    before = [p.detach().clone() for p in model.parameters()]
+    model(torch.randn(2, 24, 32)).square().sum().backward()
+    optimizer.step()
+    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
+def test_it_is_dilated_attention():
+    mha = nn.MultiheadAttention(32, 4, batch_first=True)
+    config = DilatedAttentionConfig((6, 24), (1, 2), mixing="softmax")
+    ours, x = replace_attention(mha, config), torch.randn(2, 24, 32)
+    assert isinstance(ours, DilatedMHA) and isinstance(ours, nn.MultiheadAttention)
+    q, k, v = (y.unflatten(2, (4, 8)) for y in (x @ mha.in_proj_weight.T + mha.in_proj_bias).chunk(3, -1))
+    expected, _ = oracle_attention(q, k, v, (6, 24), (1, 2), mixing="softmax", is_causal=True)
+    out, weights = ours(x, x, x, is_causal=True)
+    assert torch.allclose(out.double(), mha.out_proj(expected.flatten(2).float()).double(), atol=1e-5)
+    assert weights.shape == (2, 24, 24) and torch.allclose(weights.sum(-1), torch.ones(2, 24), atol=1e-5)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("average", [True, False])
+def test_weights_and_shapes_as_the_original(need_weights, average):
+    for batch_first in (True, False):
+        mha = nn.MultiheadAttention(32, 4, batch_first=batch_first).eval()
+        ours = replace_attention(mha, FULL)
+        x = torch.randn(2, 24, 32) if batch_first else torch.randn(24, 2, 32)
+        for given, padding in ((x, SEEN), (x, None), (torch.randn(24, 32), None), (torch.randn(24, 32), SEEN[1])):
+            options = dict(key_padding_mask=padding, need_weights=need_weights, average_attn_weights=average)
+            for a, b in zip(ours(given, given, given, **options), mha(given, given, given, **options)):
+                assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, atol=1e-6))
+
+
+def test_dropout_of_the_config_acts_in_training():
+    model = replace_attention(stack(1), replace(FULL, dropout=0.5))
+    x = torch.randn(2, 24, 32)
+    assert not torch.equal(model.train()(x), model(x)) and torch.equal(model.eval()(x), model(x))
+
+
+def test_masks_that_are_not_causal_are_refused():
+    ours, x = replace_attention(nn.MultiheadAttention(32, 4, batch_first=True), FULL), torch.randn(2, 24, 32)
+    causal = torch.ones(24, 24).triu(1).bool()
+    wide = torch.zeros(24, 24).masked_fill(causal, float("-inf"))
+    assert torch.equal(ours(x, x, x, attn_mask=causal)[0], ours(x, x, x, attn_mask=wide)[0])
+    shifted = causal.roll(1, 1)
+    for mask in (
+        shifted,
+        ~causal,
+        wide + wide.isfinite(),
+        causal[:5, :5],
+        causal.expand(8, -1, -1),
+        torch.zeros(24, 24),
+    ):
+        with pytest.raises(ValueError, match="attn_mask must be None or the causal mask"):
+            ours(x, x, x, attn_mask=mask)
+    with pytest.raises(ValueError, match="key_padding_mask"):
+        ours(x, x, x, key_padding_mask=torch.rand(2, 24))
+    with pytest.raises(ValueError, match="only self-attention"):
+        ours(x, x[:, :12], x[:, :12])
+    with pytest.raises(ValueError, match="not a multiple of segment length 24"):
+        ours(x[:, :20], x[:, :20], x[:, :20])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.MultiheadAttention(32, 4, add_bias_kv=True), "add_bias_kv"),
+        (lambda: nn.MultiheadAttention(32, 4, add_zero_attn=True), "add_zero_attn"),
+        (lambda: nn.MultiheadAttention(32, 4, kdim=16), "kdim or vdim"),
+        (lambda: nn.Linear(3, 3), "model must have a nn.MultiheadAttention"),
+        (lambda: nn.Sequential(nn.Linear(3, 3)), "model must have a nn.MultiheadAttention"),
+    ],
+)
+def test_what_cannot_be_replaced_is_refused(make, message):
+    model = nn.Sequential(nn.MultiheadAttention(32, 4), make()) if "model" not in message else make()
+    kinds = [type(m) for m in model.modules()]
+    with pytest.raises(ValueError, match=message):
+        replace_attention(model, FULL)
+    assert [type(m) for m in model.modules()] == kinds
+    with pytest.raises(ValueError, match="num_heads"):
+        replace_attention(nn.MultiheadAttention(8, 1), DilatedAttentionConfig((4, 8), (1, 2)))
+
+
+def test_a_decoder_keeps_its_cross_attention():
+    torch.manual_seed(0)
+    model = nn.TransformerDecoder(nn.TransformerDecoderLayer(32, 4, 48, dropout=0.0, batch_first=True), 1)
+    x, memory = torch.randn(2, 24, 32), torch.randn(2, 7, 32)
+    mask = nn.Transformer.generate_square_subsequent_mask(24)
+    expected = model(x, memory, tgt_mask=mask, tgt_is_causal=True)
+    replace_attention(model, FULL)
+    assert type(model.layers[0].multihead_attn) is nn.MultiheadAttention
+    assert isinstance(model.layers[0].self_attn, DilatedMHA)
+    assert torch.allclose(model(x, memory, tgt_mask=mask, tgt_is_causal=True), expected, atol=1e-6)
+
+
+# ---------------------------------------------------------------- transformers, absent
+
+
+def test_nothing_imports_transformers():
+    code = (
+        "import sys; sys.modules['transformers'] = None\n"
+        "import dilated_attention_nb as d\n"
+        "[getattr(d, name) for name in d.__all__]\n"
+        "try: d.register_with_transformers('dilated', d.DilatedAttentionConfig((4,), (1,)))\n"
+        "except ImportError as error: print(error)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.count("\n") == 1 and "pip install 'dilated-attention-nb[transformers]'" in out
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        (dict(), TypeError, "config must be a DilatedAttentionConfig"),
+        (dict(config=(4, 1)), TypeError, "config must be a DilatedAttentionConfig"),
+        (dict(config=replace(FULL, dropout=0.1)), ValueError, "attention_dropout"),
+    ],
+)
+def test_register_checks_its_config_first(values, error, message):
+    with pytest.raises(error, match=message):
+        register_with_transformers(**values)

@@ -1,0 +1,1041 @@
+"""The memory pool: a buffer is never in two hands, the bounds hold, nothing leaks, and every option does something."""
+
+import copy
+import gc
+import os
+import pickle
+import random
+import sys
+import threading
+import time
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+
+from dilated_attention_nb import memory_pool
+from dilated_attention_nb.config import EVICTION_POLICIES, MemoryPoolConfig
+from dilated_attention_nb.memory_pool import Eviction, Kind, UnifiedMemoryPool, memory_limit, memory_pressure
+
+CPU = torch.device("cpu")
+F32, U8 = torch.float32, torch.uint8
+
+
+def make(**options):
+    options.setdefault("hot_cache_size", min(50, options.get("max_pool_size", 100)))
+    return UnifiedMemoryPool(MemoryPoolConfig(**options), "cpu")
+
+
+def cycle(pool, *sizes, key=None):
+    "Ask for each size and return it."
+    for size in sizes:
+        pool.return_buffer(pool.get_buffer((size,), U8, key), key)
+
+
+def kept(pool):
+    "The sizes that the pool keeps."
+    return sorted(kind.nbytes for kind, blocks in pool._shelf.blocks.items() for _ in blocks)
+
+
+# --- lending
+
+
+def test_a_returned_buffer_is_lent_again():
+    pool = make()
+    first = pool.get_buffer((2, 3), F32)
+    assert first.shape == (2, 3) and first.dtype == F32 and first.is_contiguous() and first.grad_fn is None
+    address = first.data_ptr()
+    assert pool.return_buffer(first) is None and first.shape == (0,)
+    again = pool.get_buffer([3, 2], F32, None, False)
+    assert again.data_ptr() == address and again is not first
+    stats = pool.get_stats()
+    assert stats["hits"] == stats["misses"] == stats["allocations"] == 1 and stats["hit_rate"] == 0.5
+    assert (stats["bytes_lent"], stats["bytes_held"], stats["peak_bytes"]) == (24, 0, 24)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.bfloat16, torch.float64, torch.complex64])
+@pytest.mark.parametrize("shape", [(), (0,), (0, 3), (5,), (2, 3, 4), torch.Size([2, 2])])
+def test_any_shape_and_dtype(shape, dtype):
+    pool = make()
+    for _ in range(2):
+        lent = pool.get_buffer(shape, dtype)
+        assert lent.shape == torch.Size(shape) and lent.dtype == dtype
+        lent.fill_(1)
+        assert (lent == 1).all()
+        pool.return_buffer(lent)
+    assert pool.get_stats()["hits"] == 1
+
+
+def test_keys_keep_buffers_apart():
+    pool = make()
+    cycle(pool, 8, key="keys")
+    cycle(pool, 8, key="values")
+    cycle(pool, 8)
+    assert pool.get_stats()["pool_keys"] == 3 and pool.get_stats()["hits"] == 0
+    cycle(pool, 8, key="keys")
+    assert pool.get_stats()["hits"] == 1
+    pool.return_buffer(pool.get_buffer((8,), U8, key="keys"))  # the key may be left out
+
+
+def test_buffers_lent_together_are_different_memory():
+    pool = make()
+    for _ in range(3):
+        lent = [pool.get_buffer((8,), U8) for _ in range(20)]
+        assert len({x.data_ptr() for x in lent}) == 20
+        for x in lent:
+            pool.return_buffer(x)
+        del x, lent
+    assert pool.get_stats()["allocations"] == 20
+
+
+def test_the_context_returns_after_an_error_too():
+    pool = make()
+    with pytest.raises(KeyError), pool.buffer((8,), U8, key="k") as lent:
+        raise KeyError
+    assert lent.numel() == 0 and pool.get_stats()["bytes_lent"] == 0 and pool.get_stats()["bytes_held"] == 8
+
+
+def test_default_config_and_bytes():
+    pool = UnifiedMemoryPool()
+    assert pool.config == MemoryPoolConfig() and pool.device == CPU
+    assert pool.max_bytes == memory_limit(CPU) // 8
+    assert make(max_bytes=10).max_bytes == 10
+
+
+# --- refusals
+
+GET = [
+    ((8, U8), TypeError, "shape must be a list or tuple"),
+    (("8", U8), TypeError, "shape must be a list or tuple"),
+    (((True,), U8), TypeError, r"shape\[0\] must be an integer"),
+    (((2, -1), U8), ValueError, r"shape\[1\] must be at least 0"),
+    (((2.0,), U8), TypeError, r"shape\[0\]"),
+    (((2,), "uint8"), TypeError, "dtype must be a torch.dtype"),
+    (((2,), None), TypeError, "dtype"),
+    (((2,), U8, 1), TypeError, "key must be a string or None"),
+    (((2,), U8, None, 1), TypeError, "pin_memory must be True or False"),
+]
+
+
+@pytest.mark.parametrize(("args", "error", "says"), GET)
+def test_bad_requests(args, error, says):
+    pool = make()
+    with pytest.raises(error, match=says):
+        pool.get_buffer(*args)
+    assert pool.get_stats() == make().get_stats()
+
+
+def steal(lent):
+    lent.set_(torch.ones(2, 3).untyped_storage(), 0, (2, 3))
+
+
+CHANGES = {
+    "shrunk": (lambda t: t.resize_(1), "as it was lent"),
+    "grown": (lambda t: t.resize_(100), "as it was lent"),
+    "grown and back": (lambda t: t.resize_(100).resize_(2, 3), "as it was lent"),
+    "transposed": (lambda t: t.t_(), "as it was lent"),
+    "unsqueezed": (lambda t: t.unsqueeze_(0), "as it was lent"),
+    "other memory": (steal, "this pool lent, got another"),
+    "emptied": (lambda t: t.set_(), "this pool lent, got an empty"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_buffer_is_refused_and_can_be_dropped(change):
+    pool = make()
+    alter, says = CHANGES[change]
+    lent, other = pool.get_buffer((2, 3), F32), pool.get_buffer((2, 3), F32)
+    alter(lent)
+    before = pool.get_stats()
+    with pytest.raises(ValueError, match=says):
+        pool.return_buffer(lent)
+    assert pool.get_stats() == before and before["buffers_lent"] == 2
+    pool.return_buffer(other)
+    del lent
+    stats = pool.get_stats()
+    assert stats["dropped"] == 1 and stats["bytes_lent"] == 0
+    assert stats["discarded"] == ("grown" in change)  # memory of another size is no use
+    assert all(block.memory.numel() == 24 for blocks in pool._shelf.blocks.values() for block in blocks)
+
+
+def test_strangers_views_and_second_returns_are_refused():
+    pool, x = make(), torch.ones(4, requires_grad=True)
+    lent, gone = pool.get_buffer((4,), F32), pool.get_buffer((4,), F32)
+    waiting = pool.get_buffer((4,), F32)
+    y = x * waiting  # keeps it from being emptied
+    pool.return_buffer(gone)
+    pool.return_buffer(waiting)
+    before = pool.get_stats()
+    stranger = make().get_buffer((4,), F32)
+    for wrong, says in (
+        (gone, "empty"),
+        (waiting, "another one"),
+        (stranger, "another one"),
+        (torch.ones(4), "another one"),
+        (torch.empty(0), "empty"),
+        (lent[:], "view or an alias"),
+        (lent[1:], "view or an alias"),
+        (lent.view(2, 2), "view or an alias"),
+        (lent.detach(), "view or an alias"),
+        (lent.data, "view or an alias"),
+        (torch.nn.Parameter(lent), "view or an alias"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            pool.return_buffer(wrong)
+    for wrong in (None, 1, [lent], lent.untyped_storage(), np.ones(4)):
+        with pytest.raises(TypeError, match="buffer must be a tensor"):
+            pool.return_buffer(wrong)
+    with pytest.raises(ValueError, match="key must be None, as lent, got 'a'"):
+        pool.return_buffer(lent, key="a")
+    assert pool.get_stats() == before
+    del wrong
+    pool.return_buffer(lent)
+    y.sum().backward()
+
+
+def test_of_two_threads_that_return_a_buffer_one_is_refused():
+    pool = make()
+    for _ in range(50):
+        lent, start, errors = pool.get_buffer((8,), U8), threading.Barrier(2), []
+
+        def give_back(lent=lent, start=start, errors=errors):
+            start.wait()
+            try:
+                pool.return_buffer(lent)
+            except ValueError as error:
+                errors.append(error)
+
+        run([give_back] * 2)
+        assert len(errors) == 1 and pool.get_stats()["buffers_lent"] == 0
+
+
+def run(functions):
+    "Each in a thread of its own; errors of any are raised."
+    errors = []
+
+    def guarded(function):
+        try:
+            function()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(function,)) for function in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=250)
+        assert not thread.is_alive()
+    if errors:
+        raise errors[0]
+
+
+# --- hands
+
+
+class Saves(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, t):
+        ctx.save_for_backward(t)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0], None
+
+
+def leaf(n=4):
+    return torch.ones(n, requires_grad=True)
+
+
+HOLDERS = {
+    "product": lambda t: leaf() * t,
+    "product of views": lambda t: leaf(2) * t[1:3],
+    "result saved in place": lambda t: t.copy_(leaf()).exp_(),
+    "matrix product": lambda t: leaf().view(2, 2) @ t.view(2, 2),
+    "own function": lambda t: Saves.apply(leaf(), t),
+    "leaf itself": lambda t: (t.requires_grad_() * 2).sum(),
+    "view": lambda t: t[2:],
+    "view of a view": lambda t: t.view(2, 2)[1].t(),
+    "detached": lambda t: t.detach(),
+    "data": lambda t: t.data,
+    "expanded": lambda t: t.expand(3, 4),
+    "another dtype": lambda t: t.view(torch.int32),
+    "parameter": lambda t: torch.nn.Parameter(t, requires_grad=False),
+    "numpy": lambda t: t.numpy(),
+    "numpy view": lambda t: t.numpy()[1:],
+    "memoryview": lambda t: memoryview(t.numpy()),
+    "numpy through DLPack": lambda t: np.from_dlpack(t),
+    "DLPack": lambda t: torch.utils.dlpack.to_dlpack(t),
+    "torch through numpy": lambda t: torch.from_numpy(t.numpy()),
+    "storage": lambda t: t.untyped_storage(),
+    "module buffer, detached": lambda t: torch.nn.BatchNorm1d(4).register_buffer("kept", t.detach()) or t.view(4),
+}
+
+
+@pytest.mark.parametrize("forget", [False, True], ids=["name kept", "name dropped"])
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_memory_that_somebody_holds_is_not_lent(holder, forget):
+    pool = make()
+    lent = pool.get_buffer((4,), F32).fill_(3)
+    address, held = lent.data_ptr(), HOLDERS[holder](lent)
+    pool.return_buffer(lent)
+    if forget or held is lent:  # a tensor with a history may be in it itself
+        del lent
+    others = [pool.get_buffer((4,), F32).fill_(99) for _ in range(3)]
+    assert address not in [x.data_ptr() for x in others]
+    del held
+    gc.collect()
+    found = pool.get_buffer((4,), F32)
+    assert found.data_ptr() == address
+    assert "lent" not in locals() or lent.shape == (0,)
+
+
+def test_gradients_survive_returning_before_the_backward_pass():
+    pool, x = make(), leaf()
+    for step in range(5):  # the second step of a predecessor's pool failed here
+        lent = pool.get_buffer((4,), F32).fill_(step)
+        y = (x * lent).sum()
+        pool.return_buffer(lent)
+        noise = [pool.get_buffer((4,), F32).fill_(99) for _ in range(3)]
+        x.grad = None
+        y.backward()
+        assert x.grad.tolist() == [step] * 4
+        for buffer in noise:
+            pool.return_buffer(buffer)
+        del y, noise, buffer
+    assert pool.get_stats()["allocations"] <= 5
+
+
+def test_a_graph_in_another_thread():
+    pool, x = make(), leaf()
+    lent = pool.get_buffer((4,), F32).fill_(3)
+    y = (x * lent).sum()
+    pool.return_buffer(lent)
+    del lent
+    done = threading.Event()
+
+    def overwrite():
+        while not done.is_set():
+            with pool.buffer((4,), F32) as other:
+                other.fill_(99)
+
+    def backward():
+        try:
+            for _ in range(50):
+                x.grad = None
+                y.backward(retain_graph=True)
+                assert x.grad.tolist() == [3] * 4
+        finally:
+            done.set()
+
+    run([overwrite, overwrite, backward])
+
+
+def test_every_loan_has_a_fresh_history():
+    pool = make()
+    with torch.inference_mode():
+        lent = pool.get_buffer((4,), F32)
+        assert lent.is_inference()
+    pool.return_buffer(lent)
+    lent = pool.get_buffer((4,), F32)
+    assert not lent.is_inference() and not lent.requires_grad
+    lent.copy_(leaf())
+    assert lent.grad_fn is not None
+    pool.return_buffer(lent)
+    lent = pool.get_buffer((4,), F32)
+    assert lent.grad_fn is None and lent._base is None and lent._version <= 1
+    lent.requires_grad_().sum().backward()
+    pool.return_buffer(lent)
+    lent = pool.get_buffer((4,), F32)
+    assert lent.grad is None and not lent.requires_grad
+    with torch.inference_mode():
+        pool.return_buffer(lent)
+    assert pool.get_stats()["allocations"] == 1
+
+
+def test_shared_memory_is_not_kept():
+    pool = make()
+    lent = pool.get_buffer((4,), F32).share_memory_()
+    pool.return_buffer(lent)
+    assert pool.get_stats()["discarded"] == 1 and pool.get_stats()["bytes_held"] == 0
+
+
+# --- dropped
+
+
+def test_dropped_buffers_are_counted_and_come_back():
+    pool = make()
+    lent = pool.get_buffer((4,), F32)
+    address = lent.data_ptr()
+    del lent
+    stats = pool.get_stats()
+    assert stats["dropped"] == 1 and stats["bytes_lent"] == stats["buffers_lent"] == 0
+    assert pool.get_buffer((4,), F32).data_ptr() == address
+    ring = [pool.get_buffer((4,), F32)]
+    ring.append(ring)
+    before = pool.get_stats()["dropped"]
+    del ring
+    gc.collect()
+    assert pool.get_stats()["dropped"] == before + 1
+
+
+def test_a_dropped_buffer_with_a_view_waits():
+    pool = make()
+    tail = pool.get_buffer((4,), U8).fill_(7)[2:]
+    other = pool.get_buffer((4,), U8).fill_(9)
+    assert tail.tolist() == [7, 7] and pool.get_stats()["buffers_lent"] == 2  # a view keeps its base
+    alias = other.detach()
+    del other, tail
+    assert pool.get_stats()["dropped"] == 2
+    assert all(pool.get_buffer((4,), U8).data_ptr() != alias.data_ptr() for _ in range(3)) and alias.tolist() == [9] * 4
+
+
+def test_returned_buffers_that_die_later_are_not_counted_as_dropped():
+    pool, x = make(), leaf()
+    lent = pool.get_buffer((4,), F32)
+    y = x * lent
+    pool.return_buffer(lent)
+    del lent, y
+    assert pool.get_stats()["dropped"] == 0 and not pool._dropped
+    cycle(pool, *range(1, 200))
+    assert pool.get_stats()["dropped"] == 0
+
+
+def test_a_pool_may_die_before_its_buffers():
+    pool = make()
+    lent, watch = pool.get_buffer((4,), F32).fill_(1), weakref.ref(pool)
+    del pool
+    gc.collect()
+    assert watch() is None and lent.tolist() == [1] * 4
+    del lent
+
+
+def test_memory_goes_without_the_garbage_collector():
+    gc.collect()
+    gc.disable()
+    try:
+        watches = []
+        for use in ("parked", "lent", "dropped", "kept"):
+            pool = make()
+            lent = pool.get_buffer((4,), F32)
+            watches.append(weakref.ref(pool._loans[id(lent)].block.memory))
+            held = [lent.detach()]
+            if use in ("parked", "kept"):
+                pool.return_buffer(lent)
+            if use == "parked":
+                pool.clear()
+            if use == "dropped":
+                del lent
+                pool.clear()
+            held.clear()
+            lent = pool = None
+        assert [watch() for watch in watches] == [None] * 4
+    finally:
+        gc.enable()
+
+
+def test_a_new_tensor_may_get_the_id_of_one_that_was_just_dropped(monkeypatch):
+    pool, real, held, reused = make(), memory_pool.Block.lend, [], 0
+
+    def lend(*args):
+        before = [id(held.pop()) for _ in range(len(held))]  # dropped by another thread, say
+        tensor, loan = real(*args)
+        nonlocal reused
+        reused += id(tensor) in before
+        return tensor, loan
+
+    monkeypatch.setattr(memory_pool.Block, "lend", lend)
+    for _ in range(50):
+        held.append(pool.get_buffer((4,), F32))
+    held.clear()
+    stats = pool.get_stats()
+    assert stats["bytes_lent"] == stats["buffers_lent"] == 0 and stats["dropped"] == 50
+    assert reused or sys.implementation.name != "cpython"
+
+
+def test_a_finaliser_that_returns_is_refused_rather_than_stuck():
+    pool = make()
+    lent = pool.get_buffer((4,), F32)
+    with pool._lock, pytest.raises(RuntimeError, match="finaliser"):
+        pool.return_buffer(lent)
+    pool.return_buffer(lent)
+
+
+# --- locks
+
+
+def test_looking_and_taking_are_one_step(monkeypatch):
+    pool, real = make(), memory_pool.Block.free
+
+    def slow(block):
+        free = real(block)
+        time.sleep(0.01)  # lets other threads look at what this one is about to take
+        return free
+
+    cycle(pool, 8)
+    monkeypatch.setattr(memory_pool.Block, "free", slow)
+    for _ in range(5):
+        start, lent = threading.Barrier(4), []
+
+        def get(start=start, lent=lent):
+            start.wait()
+            lent.append(pool.get_buffer((8,), U8))
+
+        run([get] * 4)
+        assert len({x.data_ptr() for x in lent}) == 4
+        while lent:
+            pool.return_buffer(lent.pop())
+
+
+def test_no_lock_is_held_while_memory_is_allocated_or_freed(monkeypatch):
+    pool, allocated, freed, real = make(max_pool_size=3, max_bytes=4000), [], [], torch.empty
+
+    def watched(*args, **kwargs):
+        allocated.append(pool._lock.lock.locked())
+        memory = real(*args, **kwargs)
+        weakref.finalize(memory.untyped_storage(), lambda: freed.append(pool._lock.lock.locked()))
+        return memory
+
+    monkeypatch.setattr(torch, "empty", watched)
+    cycle(pool, *range(1, 40))  # bound by number
+    cycle(pool, *range(1000, 4000, 100))  # by bytes
+    lent = pool.get_buffer((3999,), U8)  # makes room
+    pool.return_buffer(lent)
+    for size in (10, 20, 30):
+        pool.get_buffer((size,), U8)
+    pool.get_buffer((10,), U8).resize_(99)  # dropped, and of no use
+    pool.trim(30)
+    pool.clear()
+    pool.get_stats()
+    monkeypatch.undo()
+    assert len(allocated) > 100 and not any(allocated)
+    assert len(freed) > 70 and not any(freed)
+
+
+def test_one_thread_allocates_while_others_go_on(monkeypatch):
+    pool, real = make(), memory_pool.Block
+    cycle(pool, 8)
+    inside, go_on = threading.Event(), threading.Event()
+
+    def slow(kind, device):
+        if kind.nbytes == 1000:
+            inside.set()
+            assert go_on.wait(60)
+        return real(kind, device)
+
+    monkeypatch.setattr(memory_pool, "Block", slow)
+    thread = threading.Thread(target=lambda: cycle(pool, 1000))
+    thread.start()
+    assert inside.wait(60)
+    cycle(pool, 8, 16)  # neither a hit nor another allocation waits
+    assert pool.get_stats()["bytes_lent"] == 1000  # what is being allocated counts already
+    go_on.set()
+    thread.join(60)
+    assert pool.get_stats()["bytes_lent"] == 0
+
+
+# --- bounds
+
+
+def test_bounds_by_number_and_bytes():
+    pool = make(max_pool_size=3, max_bytes=100)
+    cycle(pool, 1, 2, 3, 4)
+    assert kept(pool) == [2, 3, 4] and pool.get_stats()["evictions"] == 1
+    cycle(pool, 95)
+    assert kept(pool) == [4, 95]  # 3 + 4 + 95 are too many bytes
+    cycle(pool, 101)  # more than may be kept: nothing else is let go for it when it comes back
+    assert 101 not in kept(pool)
+    lent = pool.get_buffer((60,), U8)
+    assert pool.get_stats()["bytes_held"] <= 40
+    pool.return_buffer(lent)
+
+
+def test_a_large_buffer_does_not_flush_the_pool_for_nothing():
+    pool = make(max_bytes=100)
+    big = pool.get_buffer((200,), U8)
+    small = pool.get_buffer((10,), U8)
+    pool.return_buffer(small)
+    assert kept(pool) == []  # nothing is kept while callers hold more than the bound
+    pool.return_buffer(big)
+    assert kept(pool) == []
+    cycle(pool, 10, 20)
+    assert kept(pool) == [10, 20]
+
+
+def test_trim_and_clear():
+    pool = make()
+    lent = pool.get_buffer((7,), U8)
+    cycle(pool, 10, 20, 30)
+    assert pool.trim(60) == 0 and pool.trim(55) == 10 and kept(pool) == [20, 30]
+    with pytest.raises(ValueError, match="target_bytes must be at least 0"):
+        pool.trim(-1)
+    with pytest.raises(TypeError, match="target_bytes"):
+        pool.trim(1.5)
+    pool.clear()
+    assert kept(pool) == [] and pool.get_stats()["bytes_lent"] == 7 and pool.get_stats()["evictions"] == 3
+    pool.return_buffer(lent)
+    assert kept(pool) == [7]
+
+
+def test_the_books_of_sizes_are_bounded():
+    pool = make(max_pool_size=4, eviction_policy="adaptive")
+    cycle(pool, *range(1, 5000))
+    eviction = pool._shelf.eviction
+    assert len(eviction.asked) <= 2 * pool.config.cleanup_threshold and len(eviction.evicted) <= 16
+    assert len(pool._shelf.blocks) <= 4 and not pool._loans and len(pool._dropped) <= 1
+
+
+@pytest.mark.parametrize(("pressure", "left"), [(0.74, 100), (0.76, 50), (0.89, 50), (0.9, 0)])
+def test_clean_up_under_pressure(monkeypatch, pressure, left):
+    for adaptive in (True, False):
+        pool, asked = make(enable_adaptive_cleanup=adaptive, cleanup_threshold=12), []
+        monkeypatch.setattr(memory_pool, "memory_pressure", lambda *args, asked=asked: asked.append(args) or pressure)
+        lent = [pool.get_buffer((10,), U8) for _ in range(10)]
+        for buffer in lent:
+            pool.return_buffer(buffer)
+        pool.get_buffer((0,), U8)
+        assert not asked and pool.get_stats()["bytes_held"] == 100
+        pool.get_buffer((0,), U8)  # the twelfth request
+        assert len(asked) == adaptive and pool.get_stats()["bytes_held"] == (left if adaptive else 100)
+
+
+def test_no_memory_makes_the_pool_give_up_what_it_keeps(monkeypatch):
+    pool, real, calls = make(), memory_pool.Block, []
+
+    def scarce(kind, device):
+        calls.append(pool.get_stats()["bytes_held"])
+        if calls[-1]:
+            raise RuntimeError("out of memory")
+        return real(kind, device)
+
+    cycle(pool, 10, 20)
+    monkeypatch.setattr(memory_pool, "Block", scarce)
+    assert pool.get_buffer((5,), U8).numel() == 5 and calls == [30, 0]
+    monkeypatch.setattr(memory_pool, "Block", lambda *_: (_ for _ in ()).throw(RuntimeError("none at all")))
+    with pytest.raises(RuntimeError, match="none at all"):
+        pool.get_buffer((5000,), U8)
+    stats = pool.get_stats()
+    assert stats["bytes_lent"] == 0 and stats["buffers_lent"] == 0
+
+
+def test_an_impossible_size_leaves_the_pool_in_order():
+    pool = make()
+    with pytest.raises(RuntimeError):
+        pool.get_buffer((2**60,), U8)
+    cycle(pool, 8)
+    assert pool.get_stats()["bytes_lent"] == 0 and kept(pool) == [8]
+
+
+# --- which one goes
+
+
+def test_least_recently_and_least_frequently_used():
+    trace = [1, 1, 1, 2, 3, 4]  # room for three: 1 is the oldest, 2 the least popular of the old
+    pools = {policy: make(max_pool_size=3, hot_cache_size=0, eviction_policy=policy) for policy in EVICTION_POLICIES}
+    for pool in pools.values():
+        cycle(pool, *trace)
+    assert kept(pools["lru"]) == [2, 3, 4] and kept(pools["lfu"]) == [1, 3, 4]
+
+
+def test_adaptive_learns_from_its_mistakes():
+    pool = make(max_pool_size=3, hot_cache_size=0, eviction_policy="adaptive")
+    cycle(pool, 1, 1, 1, 2, 3, 4)
+    assert kept(pool) == [2, 3, 4]  # as lru, to begin with
+    cycle(pool, 1)  # lfu would have kept it
+    assert pool._shelf.eviction.regret["lru"] == 1
+    assert 1 in kept(pool)
+    cycle(pool, 5, 6, 7)
+    assert 1 in kept(pool)  # as lfu now
+
+
+def test_regret_fades_and_blames_once():
+    eviction, kind = Eviction("adaptive", 2), Kind(1, None, False)
+    eviction.evicted[kind] = "lfu"
+    eviction.missed(kind)
+    eviction.missed(kind)
+    assert eviction.regret == {"lru": 0, "lfu": 1}
+    eviction.evicted[kind] = "lru"
+    eviction.missed(kind)
+    assert eviction.regret == {"lru": 1, "lfu": 0.95}
+
+
+def hot(pool):
+    "The sizes in the hot cache."
+    return sorted(block.kind.nbytes for blocks in pool._shelf.blocks.values() for block in blocks if block.hot)
+
+
+def hit_rate(trace, **options):
+    pool = make(max_pool_size=8, enable_adaptive_cleanup=False, **options)
+    cycle(pool, *trace)
+    return pool.get_stats()["hit_rate"]
+
+
+def traces(seed, steps):
+    rng = random.Random(seed)
+    moving = [1 + i // 25 + rng.randrange(8) for i in range(steps)]
+    scanning, once = [], 1000
+    while len(scanning) < steps:
+        scanning += [1 + rng.randrange(7) for _ in range(3)] + list(range(once, once + 8))
+        once += 8
+    return moving, scanning[:steps]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_each_policy_on_the_trace_that_it_is_for(seed):
+    moving, scanning = traces(seed, 300)
+    rates = [
+        {policy: hit_rate(trace, hot_cache_size=0, eviction_policy=policy) for policy in EVICTION_POLICIES}
+        for trace in (moving, scanning, moving + scanning + moving + scanning)
+    ]
+    assert rates[0]["lru"] > rates[0]["lfu"] + 0.1 and rates[0]["adaptive"] > rates[0]["lru"] - 0.08
+    assert rates[1]["lfu"] > rates[1]["lru"] + 0.1 and rates[1]["adaptive"] > rates[1]["lfu"] - 0.08
+    assert rates[2]["adaptive"] > max(rates[2]["lru"], rates[2]["lfu"])
+
+
+def test_the_hot_cache_protects_what_is_asked_for_often():
+    _, scanning = traces(0, 300)
+    rates = [hit_rate(scanning, hot_cache_size=size) for size in (0, 3, 7)]
+    assert rates[0] < rates[1] < rates[2]
+
+
+def test_the_hot_cache_and_its_counts():
+    pool = make(max_pool_size=4, hot_cache_size=2)
+    cycle(pool, 1, 2, 3)
+    assert pool.get_stats()["hot_cache_size"] == 0
+    cycle(pool, 1, 2, 3)  # asked for twice: hot, while there is room; 3 is no more popular than those
+    assert hot(pool) == [1, 2]
+    cycle(pool, 3, 3)  # now it is, and displaces one
+    assert hot(pool) == [2, 3] and pool.get_stats()["hot_cache_size"] == 2
+    hits = pool.get_stats()["hot_cache_hits"]
+    cycle(pool, 3)
+    stats = pool.get_stats()
+    assert (
+        stats["hot_cache_hits"] == hits + 1 and stats["hot_cache_hit_rate"] == stats["hot_cache_hits"] / stats["hits"]
+    )
+    cycle(pool, 10, 11, 12, 13, 14)
+    assert {2, 3} <= set(kept(pool)) and len(kept(pool)) == 4 and 1 not in kept(pool)
+    assert pool.trim(0) and pool.get_stats()["hot_cache_size"] == 0  # protected, not sacred
+
+
+def test_old_requests_count_less():
+    slow, fast = (
+        make(max_pool_size=2, hot_cache_size=0, eviction_policy="lfu", cleanup_threshold=n) for n in (10**6, 4)
+    )
+    for pool in (slow, fast):
+        cycle(pool, *[1] * 20, *[2, 2, 2, 3, 3, 3] * 2)
+    assert kept(slow) == [1, 3] and kept(fast) != [1, 3]
+
+
+# --- any order of things
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_books_and_bounds_in_any_order(data):
+    size, most = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 120))
+    pool = UnifiedMemoryPool(
+        MemoryPoolConfig(
+            size,
+            data.draw(st.integers(0, size)),
+            data.draw(st.booleans()),
+            cleanup_threshold=data.draw(st.integers(1, 9)),
+            eviction_policy=data.draw(st.sampled_from(EVICTION_POLICIES)),
+            max_bytes=most,
+        )
+    )
+    lent, held = {}, []  # buffers with their tokens; views of returned ones with theirs
+    requests = dropped = 0
+    for token in range(data.draw(st.integers(1, 40))):
+        what = data.draw(st.sampled_from(["get", "get", "return", "view", "drop", "forget", "trim"]))
+        if what == "get":
+            requests += 1
+            buffer = pool.get_buffer((data.draw(st.integers(0, 40)),), U8)
+            lent[token] = buffer.fill_(token)
+        elif what in ("return", "view", "drop") and lent:
+            number = data.draw(st.sampled_from(sorted(lent)))
+            buffer = lent.pop(number)
+            if what == "view":
+                held.append((buffer.detach(), number))
+            if what == "drop":
+                dropped += 1
+            else:
+                pool.return_buffer(buffer)
+        elif what == "forget" and held:
+            held.pop()
+        elif what == "trim":
+            target = data.draw(st.integers(0, 100))
+            pool.trim(target)
+            assert pool.get_stats()["bytes_held"] <= target
+        buffer = None
+        assert all((x == number).all() for number, x in lent.items()) and all((x == number).all() for x, number in held)
+        stats = pool.get_stats()
+        assert stats["dropped"] == dropped and stats["hits"] + stats["misses"] == requests
+        assert stats["misses"] == stats["allocations"]
+        assert stats["bytes_lent"] == sum(x.numel() for x in lent.values()) and stats["buffers_lent"] == len(lent)
+        assert stats["total_buffers"] <= size and stats["bytes_held"] == sum(kept(pool))
+        assert stats["bytes_held"] + stats["bytes_lent"] <= most or stats["bytes_held"] == 0
+        assert stats["hot_cache_size"] <= min(pool.config.hot_cache_size, stats["total_buffers"])
+        assert stats["peak_bytes"] >= stats["bytes_held"] + stats["bytes_lent"]
+        assert stats["total_buffers"] == stats["allocations"] - stats["evictions"] - stats["discarded"] - len(lent)
+
+
+# --- many threads
+
+
+def stress(threads, operations):
+    "Every buffer is signed by its holder, and every signature is read back before the buffer leaves the hand."
+    sizes = [2**k for k in range(4, 13)]
+    pool = make(max_pool_size=40, hot_cache_size=10, max_bytes=2**18, eviction_policy="adaptive", cleanup_threshold=50)
+
+    def work(number):
+        rng, mine, views = random.Random(number), [], []
+        for step in range(operations):
+            token = number * operations + step
+            buffer = pool.get_buffer((rng.choice(sizes) // 8,), torch.int64).fill_(token)
+            mine.append((buffer, token))
+            del buffer
+            if rng.random() < 0.1:
+                time.sleep(0)  # let others in
+            while len(mine) > rng.randrange(4):
+                buffer, token = mine.pop(rng.randrange(len(mine)))
+                assert int(buffer[0]) == token == int(buffer[-1])
+                assert rng.random() < 0.9 or bool((buffer == token).all())
+                chance = rng.random()
+                if chance < 0.05:
+                    views.append((buffer.detach(), token))  # kept beyond the return
+                if chance > 0.02 or views:
+                    pool.return_buffer(buffer)
+                del buffer  # the others are dropped
+            while len(views) > 3:
+                view, token = views.pop(0)
+                assert bool((view == token).all())
+                del view
+            if step % 500 == 250:
+                pool.trim(rng.randrange(2**17))
+
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        run([lambda number=number: work(number) for number in range(threads)])
+    finally:
+        sys.setswitchinterval(switch)
+    gc.collect()
+    stats = pool.get_stats()
+    assert stats["bytes_lent"] == stats["buffers_lent"] == 0
+    assert stats["hits"] + stats["misses"] == threads * operations and stats["misses"] == stats["allocations"]
+    assert stats["total_buffers"] <= 40 and stats["bytes_held"] == sum(kept(pool)) <= 2**18
+    assert stats["total_buffers"] == stats["allocations"] - stats["evictions"] - stats["discarded"]
+    assert stats["dropped"] > 0 and stats["hits"] > 0 and stats["evictions"] > 0
+
+
+def test_threads_never_share_a_buffer():
+    stress(16, 250)
+
+
+@pytest.mark.slow
+def test_32_threads_with_10_000_operations_never_share_a_buffer():
+    stress(32, 10_000)
+
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_resident_memory_does_not_grow():
+    pool, rng, x = make(max_pool_size=8, max_bytes=2**20, eviction_policy="adaptive"), random.Random(0), leaf(1)
+
+    def operate(count):
+        for step in range(count):
+            buffer = pool.get_buffer((rng.randrange(1, 4096),), F32)
+            if step % 10 == 0:
+                y = x * buffer[:1]
+            if step % 7:
+                pool.return_buffer(buffer)
+            del buffer
+        del y
+
+    operate(10_000)
+    gc.collect()
+    before = resident()
+    operate(100_000)
+    gc.collect()
+    assert resident() < 1.01 * before
+
+
+# --- memory of the system
+
+
+def system(root, files):
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+MEMINFO = "MemTotal:       1000 kB\nMemFree: 100 kB\nMemAvailable:    400 kB\nHugePages_Total:       0\n"
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def test_limits_of_the_system_and_its_control_groups(tmp_path):
+    assert memory_limit(CPU, system(tmp_path / "nothing", {"proc/x": ""})) == 2**33
+    root = system(tmp_path / "plain", {"proc/meminfo": MEMINFO, "proc/self/statm": "900 20 3 4"})
+    assert memory_limit(CPU, root) == 1000 * 1024
+    second = system(
+        root,
+        {
+            "proc/self/cgroup": "0::/a/b\n",
+            "sys/fs/cgroup/a/memory.max": "300000\n",
+            "sys/fs/cgroup/a/b/memory.max": "max\n",
+        },
+    )
+    assert memory_limit(CPU, second) == 300000  # that of the parent
+    first = system(
+        root,
+        {
+            "proc/self/cgroup": "5:cpu,memory:/c\n4:cpuset:/d\n0::/\n",
+            "sys/fs/cgroup/memory/c/memory.limit_in_bytes": "200000\n",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+            "sys/fs/cgroup/cpuset/d/memory.limit_in_bytes": "1\n",
+        },
+    )
+    assert memory_limit(CPU, first) == 200000
+    elsewhere = system(root, {"proc/self/cgroup": "0::/not/mounted/here\n", "sys/fs/cgroup/memory.max": "100000\n"})
+    assert memory_limit(CPU, elsewhere) == 100000  # as in containers
+
+
+def test_pressure_is_the_worse_of_process_and_system(tmp_path):
+    root = system(tmp_path, {"proc/meminfo": MEMINFO, "proc/self/statm": "900 20 3 4"})
+    assert memory_pressure(CPU, 200 * PAGE, root) == 0.6  # of the system, 400 of 1000 are available
+    assert memory_pressure(CPU, 25 * PAGE, root) == 0.8  # of 25 pages, the process has 20
+    assert memory_pressure(CPU, 1, tmp_path / "nothing") == 0
+    assert 0 < memory_pressure(CPU, memory_limit(CPU)) < 1
+
+
+# --- GPUs
+
+
+def test_pinned_memory_needs_cuda_and_the_config(monkeypatch):
+    with pytest.raises(ValueError, match="pin_memory must be False with enable_pinned_memory=False"):
+        make(enable_pinned_memory=False).get_buffer((4,), F32, pin_memory=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    pool = make()
+    with pytest.raises(RuntimeError, match="pin_memory needs CUDA, which is not available"):
+        pool.get_buffer((4,), F32, pin_memory=True)
+    with pytest.raises(RuntimeError, match="needs CUDA"), pool.buffer((4,), F32, pin_memory=True):
+        pass
+    assert pool.get_stats()["misses"] == 0
+
+
+def test_gpu_memory_counts_what_pytorch_caches_as_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 700)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 400)
+    gpu = torch.device("cuda")
+    assert memory_limit(gpu) == 1000 and memory_pressure(gpu, 1000) == 0.6
+
+
+class Stream:
+    "A stream on which nothing runs, until its work is declared done."
+
+    done = False
+
+    def record_event(self):
+        return SimpleNamespace(query=lambda: self.done)
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_memory_in_use_by_a_stream_waits(monkeypatch, pinned):
+    one, two = Stream(), Stream()
+    pool, real, now = make(), memory_pool.Block, [one]
+
+    def on_gpu(kind, device):
+        "A block that takes its memory for a GPU's, or for page-locked memory."
+        block = real(Kind(kind.nbytes, kind.name, False), device)
+        block.kind, memory = kind, block.memory
+        block.memory = SimpleNamespace(is_cuda=not pinned, device=CPU, untyped_storage=memory.untyped_storage)
+        block.alone = block.hands()
+        return block
+
+    monkeypatch.setattr(memory_pool, "Block", on_gpu)
+    monkeypatch.setattr(real, "current_stream", lambda block: now[0])
+    monkeypatch.setattr(pool, "_kind", lambda shape, dtype, key, pin: Kind(4, key, pinned))
+
+    def get():
+        return pool.get_buffer((4,), U8)
+
+    first = get()
+    addresses = {first.data_ptr()}
+    pool.return_buffer(first)  # work may be queued on stream one
+    second = get()
+    assert (second.data_ptr() in addresses) != pinned  # in order on the same stream, but the host does not wait for it
+    addresses.add(second.data_ptr())
+    pool.return_buffer(second)
+    now[0] = two
+    other = get()
+    assert other.data_ptr() not in addresses
+    one.done = True
+    assert get().data_ptr() in addresses
+    dropped = get().data_ptr()  # of which only the stream that it was lent on is known
+    now[0] = one
+    another = get()
+    assert another.data_ptr() != dropped
+    two.done = True
+    assert get().data_ptr() == dropped
+    assert other.data_ptr() != another.data_ptr()
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+@needs_cuda
+def test_on_a_gpu():
+    pool = UnifiedMemoryPool(MemoryPoolConfig(), "cuda")
+    assert pool.max_bytes == torch.cuda.mem_get_info()[1] // 8
+    lent = pool.get_buffer((1024,), F32).fill_(3)
+    address, x = lent.data_ptr(), torch.ones(1024, device="cuda", requires_grad=True)
+    y = (x * lent).sum()
+    pool.return_buffer(lent)
+    other = pool.get_buffer((1024,), F32).fill_(99)
+    assert other.data_ptr() != address
+    y.backward()
+    assert (x.grad == 3).all()
+    del y
+    assert pool.get_buffer((1024,), F32).data_ptr() == address
+    pinned = pool.get_buffer((1024,), F32, pin_memory=True)
+    assert pinned.is_pinned() and pinned.device == CPU
+    pinned.copy_(other, non_blocking=True)
+    pool.return_buffer(pinned)
+    torch.cuda.synchronize()
+    assert pool.get_buffer((1024,), F32, pin_memory=True).is_pinned()
+    assert pool.get_stats()["hits"] == 2 and 0 <= memory_pressure(pool.device, pool.memory) < 1
+
+
+# --- the rest
+
+
+def test_a_copy_is_a_new_pool():
+    pool = make(max_bytes=1000)
+    cycle(pool, 8)
+    for twin in (copy.deepcopy(pool), pickle.loads(pickle.dumps(pool))):
+        assert type(twin) is UnifiedMemoryPool and twin.config == pool.config and twin.device == pool.device
+        assert twin.get_stats()["total_buffers"] == 0 and twin._lock is not pool._lock
+
+
+def test_statistics_have_the_promised_names():
+    assert set(make().get_stats()) >= {
+        "hits", "misses", "evictions", "hot_cache_hits", "allocations", "total_buffers", "hot_cache_size", "pool_keys",
+        "hit_rate", "hot_cache_hit_rate", "bytes_held", "bytes_lent", "peak_bytes", "dropped",
+    }  # fmt: skip
+
+
+def test_a_bad_device_is_refused():
+    with pytest.raises(ValueError, match="device must name a device"):
+        UnifiedMemoryPool(MemoryPoolConfig(), "gpu")
+    with pytest.raises(TypeError, match="config must be a MemoryPoolConfig"):
+        UnifiedMemoryPool("cpu")
