@@ -62,7 +62,7 @@ def strategy() -> dict[str, Any]:
              "layout": "zigzag", "strategy": name}
             for name in names
         ]  # fmt: skip
-        seconds = spawn_gloo(ring.timed, RANKS, cases, (1, n, 4, 64), 7, timeout_s=300.0)[0]
+        seconds = spawn_gloo(ring.timed, RANKS, cases, (1, n, 4, 64), 7, timeout_s=1800.0)[0]
         rows.append({"w": n, "r": r, "sparse_rows": n // r, "tokens_per_rank": n // RANKS})
         rows[-1] |= {f"{name}_ms": s * 1e3 for name, s in zip(names, seconds)}
         print(rows[-1], flush=True)
@@ -111,7 +111,7 @@ def memory() -> dict[str, Any]:
             for layout in ("contiguous", "zigzag")
         ]
         for ranks, options in cases:
-            peak = max(spawn_gloo(ring.held, ranks, n, dtype, options, timeout_s=300.0))
+            peak = max(spawn_gloo(ring.held, ranks, n, dtype, options, timeout_s=1800.0))
             row = {"dtype": str(dtype)[6:], "ranks": ranks, **options, "peak_mib": peak / 2**20}
             first = next((r for r in rows if r["dtype"] == row["dtype"]), row)
             rows.append(row | {"ratio": peak / 2**20 / first["peak_mib"]})
@@ -120,8 +120,8 @@ def memory() -> dict[str, Any]:
     return about | {"segment_lengths": LENGTHS, "dilation_rates": RATES, "what": "forward+backward", "rows": rows}
 
 
-def traced(rank: int, world: int, n: int, layout: str) -> list[dict[str, Any]]:
-    "What this rank did in a forward pass, after one to warm up; seconds since all began."
+def traced(rank: int, world: int, n: int, layout: str) -> list[str]:
+    "What this rank did in a forward pass, after one to warm up: see `trace`."
     import torch.distributed as dist
 
     from dilated_attention_nb.config import RingAttentionConfig
@@ -135,11 +135,8 @@ def traced(rank: int, world: int, n: int, layout: str) -> list[dict[str, Any]]:
         begin = time.perf_counter()
         layer.record = []
         layer(q, k, v, True)
-    return [
-        {"rank": rank, "step": e.step, "kind": e.kind, "peer": e.block[1], "keys": e.block[2], "size": e.size,
-         "begin": round(e.begin - begin, 6), "end": round(e.end - begin, 6)}
-        for e in layer.record
-    ]  # fmt: skip
+    times = [(e, e.begin - begin, e.end - begin) for e in layer.record if e.kind != "receive"]
+    return [f"{rank} {e.step} {e.kind} {e.block[1]} {e.block[2]} {a:.6f} {b:.6f}" for e, a, b in times]
 
 
 def trace() -> dict[str, Any]:
@@ -148,12 +145,14 @@ def trace() -> dict[str, Any]:
 
     from dilated_attention_nb.testing import spawn_gloo
 
-    n = 8192
-    rows = {
-        layout: [event for events in spawn_gloo(ring.traced, RANKS, n, layout, timeout_s=120.0) for event in events]
-        for layout in ("contiguous", "zigzag")
-    }
-    return {"n": n, "heads": 4, "head_dim": 64, "ranks": RANKS, "dtype": "float32", "threads": 1, "events": rows}
+    n, events = 8192, {}
+    for layout in ("contiguous", "zigzag"):
+        events[layout] = [
+            line for lines in spawn_gloo(ring.traced, RANKS, n, layout, timeout_s=1800.0) for line in lines
+        ]
+    about = {"n": n, "heads": 4, "head_dim": 64, "ranks": RANKS, "dtype": "float32", "threads": 1}
+    line = "rank, step, what, chunk of the queries (send: to which rank), chunk of the keys, seconds from and to"
+    return about | {"line": line, "events": events}
 
 
 SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {"strategy": strategy, "memory": memory, "trace": trace}

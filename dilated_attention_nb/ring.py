@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import inf, lcm
 from typing import Any
 
@@ -36,6 +37,7 @@ from dilated_attention_nb.config import (
     complaint,
 )
 from .masking import Grid, branch_heads, clipped, kv_runs
+from .memory_pool import UnifiedMemoryPool
 from .partial import attend_backward, attend_forward, cast_like_autocast, merge_, resolve_backend
 
 # %% ../nbs/09_ring.ipynb #6b179a41
@@ -155,18 +157,18 @@ class Task:
         repeat, last = self.num_heads // self.kv_heads, self.kv_heads if self.last is None else self.last
         return slice(self.first * repeat, last * repeat), slice(self.first, last)
 
-    def lanes(self, branch: int) -> tuple[Lane, ...]:
-        "The heads of a branch, counted from the first of the portion."
-        heads = branch_heads(self.num_heads, branch, self.dilation_rates, self.mixing, self.offsets)
+    @cached_property
+    def lanes(self) -> tuple[tuple[Lane, ...], ...]:
+        "The heads of each branch, counted from the first of the portion."
         repeat, (q_heads, kv_heads) = self.num_heads // self.kv_heads, self.portion
-        found = []
-        for members, offset in heads:
-            inside = [head for head in members if q_heads.start <= head < q_heads.stop]
-            run = range(inside[0], inside[-1] + 1, members.step) if inside else range(0)
-            for q, kv in kv_runs(run, repeat):
-                if q:
-                    found.append(Lane(shifted(q, q_heads.start), shifted(kv, kv_heads.start), offset))
-        return tuple(found)
+        found: list[list[Lane]] = [[] for _ in self.dilation_rates]
+        for branch, lanes in enumerate(found):
+            for members, offset in branch_heads(self.num_heads, branch, self.dilation_rates, self.mixing, self.offsets):
+                inside = [head for head in members if q_heads.start <= head < q_heads.stop]
+                run = range(inside[0], inside[-1] + 1, members.step) if inside else range(0)
+                runs = (pair for pair in kv_runs(run, repeat) if inside)
+                lanes += [Lane(shifted(q, q_heads.start), shifted(kv, kv_heads.start), offset) for q, kv in runs]
+        return tuple(map(tuple, found))
 
     def portions(self, device: torch.device, dtype: torch.dtype) -> tuple["Task", ...]:
         "The task for some heads after the other, so that their float32 sums stay small beside the tensors themselves."
@@ -226,7 +228,7 @@ def groups(task: Task, queries: Strip, keys: Strip) -> list[Group]:
     "What the queries of a strip see of the keys of another (or of itself); with padding, one offset at a time."
     found: dict[tuple[int, ...], list[Lane]] = {}
     rate = task.dilation_rates[queries.branch]
-    for lane in task.lanes(queries.branch):
+    for lane in task.lanes[queries.branch]:
         nq, nk = (strip.grid(lane.offset, rate).count for strip in (queries, keys))
         if nq and nk:
             found.setdefault((nq, nk, lane.offset if task.masked else 0), []).append(lane)
@@ -296,15 +298,15 @@ class Plan:
 
 def block_of(task: Task, rank: int, strip: Strip, others: dict[int, list[Strip]]) -> Block:
     "The block of a strip of `rank`; its path follows the ring, upwards for a first chunk, downwards for a second."
-    place, size = task.place, task.place.ring_size
+    place, size, rate = task.place, task.place.ring_size, task.dilation_rates[strip.branch]
     need = []
-    for other, theirs in others.items():
+    for other, theirs in others.items() if task.lanes[strip.branch] else ():
         meeting = [s for s in theirs if s.meets(strip) and not (task.is_causal and s.chunk < strip.chunk)]
-        if other != rank and any(groups(task, s, strip) for s in meeting):
+        if other != rank and any(min(s.length, strip.length) >= rate or groups(task, s, strip) for s in meeting):
             need.append(other)
     sign = 1 if strip.chunk < size else -1
     path = tuple(sorted(need, key=lambda other: sign * (other - rank) % size))
-    rows = -(-strip.whole // task.dilation_rates[strip.branch])
+    rows = -(-strip.whole // rate)
     star = task.strategy == "gather" or (task.strategy == "auto" and rows <= place.size * place.parts)
     return Block(rank, strip, path, star)
 
@@ -532,7 +534,7 @@ class Tiles:
         "The zero keys of `ragged='zeros'`: the part `(0, log(count))`."
         for strip in self.plan.strips:
             rate = self.task.dilation_rates[strip.branch]
-            for lane in self.task.lanes(strip.branch):
+            for lane in self.task.lanes[strip.branch]:
                 count = -(-self.task.segment_lengths[strip.branch] // rate)
                 count -= len(range(lane.offset, strip.whole, rate))
                 if count:
@@ -575,7 +577,7 @@ class Exchange:
 
 
 class Buffers:
-    "Receive buffers for one call, used again: the two methods of a memory pool."
+    "Where no memory pool is given: buffers for one call, used again in it, by the same two methods."
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -606,7 +608,7 @@ class Worker(Tiles):
         scale: float,
         backend: str,
         config: RingAttentionConfig,
-        buffers: Any,  # get_buffer(shape, dtype), return_buffer(buffer)
+        buffers: UnifiedMemoryPool | Buffers,
         record: list[Event] | None = None,
     ) -> None:
         super().__init__(task, plan, scale, backend, config)
@@ -671,7 +673,8 @@ class Worker(Tiles):
                 for m, x in found:
                     peer = m.receiver if kind == "send" else m.sender
                     block = m.block.strip.branch, peer, m.block.strip.chunk
-                    self.record.append(Event(self.plan.rank, backward, step, kind, block, x.nbytes))
+                    now = time.perf_counter()
+                    self.record.append(Event(self.plan.rank, backward, step, kind, block, x.nbytes, 0, now, now))
         return Exchange(
             f"ring attention, {'backward' if backward else 'forward'}, step {step}",
             [Message(m.receiver, x, self.words(m)) for m, x in sends],
@@ -1068,7 +1071,7 @@ class RingDilatedAttention(nn.Module):
         self,
         config: RingAttentionConfig,
         group: dist.ProcessGroup | None = None,
-        pool: Any = None,  # lends receive buffers: get_buffer(shape, dtype), return_buffer(buffer)
+        pool: UnifiedMemoryPool | None = None,  # lends buffers for messages; layers that take turns can share one
     ) -> None:
         super().__init__()
         if not isinstance(config, RingAttentionConfig):
@@ -1107,7 +1110,7 @@ class RingDilatedAttention(nn.Module):
             bounded(self._plans)[task] = tuple((one, make_plan(one, ring.rank)) for one in tasks)
         config = c if wanted else replace(c, use_checkpointing=True)
         backend, scale = resolve_backend("auto", q, task.masked), q.shape[3] ** -0.5
-        pool: Any = self.pool or Buffers(q.device)
+        pool = self.pool or Buffers(q.device)
         workers = [Worker(*planned, scale, backend, config, pool, self.record) for planned in self._plans[task]]
         self._meters = [worker.meter for worker in workers]
         out = Attention.apply(q, k, v, key_padding_mask, Apart(ring, workers, c.use_tf32, q.dtype))

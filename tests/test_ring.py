@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 
@@ -20,8 +21,10 @@ from hypothesis import given, settings
 from dilated_attention_nb import ring
 from dilated_attention_nb.config import RING_LAYOUTS, RING_STRATEGIES, RingAttentionConfig
 from dilated_attention_nb.improved import dilated_attention
+from dilated_attention_nb.memory_pool import UnifiedMemoryPool
 from dilated_attention_nb.ring import (
     RingDilatedAttention,
+    Task,
     gather_sequence,
     ring_worker,
     shard_sequence,
@@ -78,6 +81,45 @@ def test_any_configuration_equals_the_oracle(case, ring_size, layout, strategy, 
     check_against_oracle(
         lambda q, k, v: simulate_ring(q, k, v, c, ring_size, causal, mask), *case.qkv(), **case.options()
     )
+
+
+@contextmanager
+def heads_at_a_time(step: int):
+    "Small inputs in portions, as large ones are."
+    cut = Task.portions
+
+    def portions(task, *_):
+        firsts = range(0, task.kv_heads, step)
+        return tuple(replace(task, first=a, last=min(a + step, task.kv_heads)) for a in firsts)
+
+    Task.portions = portions
+    try:
+        yield
+    finally:
+        Task.portions = cut
+
+
+@settings(max_examples=50)
+@given(
+    attention_cases(max_length=16), st.integers(1, 4), st.integers(1, 3), st.booleans(), st.sampled_from(RING_LAYOUTS)
+)
+def test_portions_of_heads_change_nothing(case, ring_size, step, checkpointing, layout):
+    case = sized(case, ring_size, layout)
+    options = case.options()
+    mask, causal = options.pop("key_padding_mask"), options.pop("is_causal")
+    c = RingAttentionConfig(**options, layout=layout, use_checkpointing=checkpointing)
+    with heads_at_a_time(step):
+        check_against_oracle(
+            lambda q, k, v: simulate_ring(q, k, v, c, ring_size, causal, mask), *case.qkv(), **case.options()
+        )
+
+
+def test_large_shares_are_cut():
+    sizes = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        task = ring.make_task(config((2**16,), (1,)), 4, (1, 2**16, 8, 64), 4, False, True)
+        sizes[dtype] = [(one.first, one.last) for one in task.portions(torch.device("cpu"), dtype)]
+    assert sizes[torch.float32] == [(0, 4)] and sizes[torch.bfloat16] == [(0, 1), (1, 2), (2, 3), (3, 4)]
 
 
 @pytest.mark.parametrize("layout", RING_LAYOUTS)
@@ -385,7 +427,14 @@ def steps(rank: int, world: int) -> dict:
     def step():
         return torch.autograd.grad(layer(q, k, v, True).sum(), (q, k, v))
 
+    shared = UnifiedMemoryPool()
+    pooled = RingDilatedAttention(config((48,), (1,), strategy="ring"), pool=shared)
     first = step()
+    for _ in range(3):
+        out = torch.autograd.grad(pooled(q, k, v, True).sum(), (q, k, v))
+        assert all(torch.equal(a, b) for a, b in zip(out, first))
+    stats = shared.get_stats()
+    assert stats["buffers_lent"] == 0 and stats["allocations"] == stats["total_buffers"] and stats["hits"] > 0
     lent, made = len(pool.lent), pool.made
     one, two = layer(q, k, v, True), layer(q, k, v, True)
     grads = [torch.autograd.grad(x.sum(), (q, k, v)) for x in (two, one)]
@@ -438,24 +487,30 @@ def held(results: list[list[dict]], cases: list[dict]) -> None:
         )  # fmt: skip
 
 
+def predicted(case: dict) -> list[tuple[int, int]]:
+    "Bytes that each of four ranks sends, forward and backward."
+    c, attention = parts(case)
+    sizes = dict(ring_size=4, batch=2, kv_heads=attention.kv_heads, dtype=attention.dtype)
+    found = traffic(c, 48, 6, 8, is_causal=attention.is_causal, masked=attention.padded, **sizes)
+    return [(t.forward_sent, t.backward_sent) for t in found]
+
+
 def test_one_rank():
     held(spawn_gloo(many, 1, CASES[:2]), CASES[:2])
 
 
 @pytest.mark.parametrize("world", (2, 3))
 def test_two_and_three_ranks(world):
-    held(spawn_gloo(many, world, CASES), CASES)
+    held(spawn_gloo(many, world, CASES, timeout_s=120.0), CASES)
 
 
 def four(rank: int, world: int) -> dict:
     "All that four processes are needed for, so that they start once."
     rings = [case | {"ring_size": size} for size in (1, 2) for case in CASES[1:4]]
-    return {
-        "whole": many(rank, world, CASES),
-        "rings": many(rank, world, rings),
-        "group": subgroup(rank),
-        **others(rank, world),
-    }
+    found = {"whole": many(rank, world, CASES), "rings": many(rank, world, rings), "group": subgroup(rank)}
+    with heads_at_a_time(1):
+        cut = {"cut": many(rank, world, CASES[1:5]), "cut bytes": bytes_sent(rank, world, CASES)}
+    return found | cut | others(rank, world)
 
 
 def subgroup(rank: int):
@@ -477,13 +532,12 @@ def test_four_ranks():
     rings = [case for _ in (1, 2) for case in CASES[1:4]]
     held([r["rings"] for r in results], rings)
 
+    held([r["cut"] for r in results], CASES[1:5])
+
     for i, case in enumerate(CASES):  # the bytes that left are those that were predicted
-        c, attention = parts(case)
-        predicted = traffic(
-            c, 48, 6, 8, 4, batch=2, kv_heads=attention.kv_heads, dtype=attention.dtype, is_causal=attention.is_causal,
-            masked=attention.padded,
-        )  # fmt: skip
-        assert [r["bytes"][i] for r in results] == [(t.forward_sent, t.backward_sent) for t in predicted]
+        assert [r["bytes"][i] for r in results] == predicted(case)
+        with heads_at_a_time(1):
+            assert [r["cut bytes"][i] for r in results] == predicted(case)
 
     x = make_qkv(1, 48, 3, 8)[0]  # a subgroup
     expected = dilated_attention(x, x, x, W, R, is_causal=True)
@@ -525,6 +579,7 @@ def failing(rank: int, world: int, store: str, how: str, strategy: str, where: s
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
+    dist.barrier()  # all have started
     group = dist.new_group(list(range(world)), timeout=patience)
     layer = RingDilatedAttention(config((48,), (1,), strategy=strategy), group)
     q, k, v = (shard_sequence(x, group).requires_grad_() for x in make_qkv(1, 48, 2, 8))
