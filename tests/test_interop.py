@@ -279,6 +279,7 @@ def extra(n, depth):
     return peak_memory(run_slide, n, depth).peak - peak_memory(run_slide, n, 0).peak
 
 
+@pytest.mark.slow
 def test_ten_thousand_tiles_in_a_gibibyte():
     assert extra(10_000, 1) < 2**30  # of one layer: layers give back what they take
 
