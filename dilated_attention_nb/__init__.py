@@ -283,6 +283,7 @@ if TYPE_CHECKING:
         with_branches as with_branches,
         write_file as write_file,
     )
+    from dilated_attention_nb import benchmarks as benchmarks
 
 _NAMES: dict[str, tuple[str, ...]] = {
     "config": (
@@ -539,6 +540,8 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "training_batch",
         "with_branches",
         "write_file",
+    ),
+    "benchmarks": (
     ),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
