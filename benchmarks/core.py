@@ -1,7 +1,8 @@
 """Measure the core layers and store the figures in benchmarks/core.json.
 
     python benchmarks/core.py                   all sections (about half an hour on two cores)
-    python benchmarks/core.py floor memory      some of them
+    python benchmarks/core.py floor dense       some of them
+    python benchmarks/core.py --check floor     store nothing; say what is worse than what is stored
 
 Every ratio compares runs that alternate within one process, so that a busy machine slows both sides.
 Each section keeps its own device, threads, versions and date: sections measured at different times stand side by side.
@@ -9,12 +10,8 @@ Each section keeps its own device, threads, versions and date: sections measured
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
-import os
-import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,41 +20,9 @@ from typing import Any
 
 import torch
 
+from dilated_attention_nb.benchmarks import in_turn, medians, ratio, run_sections
+
 RESULTS = Path(__file__).with_name("core.json")
-
-
-def environment() -> dict[str, Any]:
-    "Where a section was measured."
-    names = [
-        x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")
-    ]
-    features = [x for x in ("avx512_bf16", "amx_bf16") if x in Path("/proc/cpuinfo").read_text()]
-    return {
-        "device": "cpu",
-        "processor": " ".join([names[0] if names else platform.machine(), *features]),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def in_turn(runs: dict[str, Callable[[], Any]], repeats: int = 7) -> dict[str, list[float]]:
-    "Seconds of each run, taken in turn; one round of warm-up."
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for round_ in range(repeats + 1):
-        for name, run in runs.items():
-            begin = time.perf_counter()
-            run()
-            if round_:
-                seconds[name].append(time.perf_counter() - begin)
-    return seconds
-
-
-def alternate(runs: dict[str, Callable[[], Any]], repeats: int = 7) -> dict[str, float]:
-    "Median seconds of each run, taken in turn."
-    return {name: statistics.median(values) for name, values in in_turn(runs, repeats).items()}
 
 
 def causal_mask() -> dict[str, Any]:
@@ -75,7 +40,8 @@ def causal_mask() -> dict[str, Any]:
     rows = []
     for n in (128, 256, 512, 1024):
         assert torch.equal(looped(n), vectorised(n, n))
-        t = alternate({"loop": lambda n=n: looped(n), "vectorised": lambda n=n: vectorised(n, n)}, 3)  # type: ignore[misc]
+        runs = {"loop": lambda n=n: looped(n), "vectorised": lambda n=n: vectorised(n, n)}
+        t = medians(in_turn(runs, 3))
         rows.append({"n": n, "loop_ms": t["loop"] * 1e3, "vectorised_ms": t["vectorised"] * 1e3})
     return {"rows": rows}
 
@@ -129,8 +95,8 @@ def floor() -> dict[str, Any]:
                 for what, runs in (("forward", (ours, bare_forward)), ("forward+backward", (ours_both, bare_both))):
                     t = in_turn(dict(zip(("ours", "floor"), runs)), 21 if what == "forward" else 9)
                     row = {"dtype": str(dtype)[6:], "mixing": mixing, "causal": causal, "what": what}
-                    row["ratio"] = statistics.median(a / b for a, b in zip(t["ours"], t["floor"]))
-                    row |= {f"{name}_ms": statistics.median(values) * 1e3 for name, values in t.items()}
+                    row["ratio"] = ratio(t, "ours", "floor")
+                    row |= {f"{name}_ms": value * 1e3 for name, value in medians(t).items()}
                     rows.append(row)
                     print(row, flush=True)
     return {"n": N, "heads": H, "head_dim": D, "segment_lengths": LENGTHS, "dilation_rates": RATES, "rows": rows}
@@ -154,15 +120,13 @@ def dense() -> dict[str, Any]:
 
         for what in ("forward", "forward+backward"):
             both = what != "forward"
-            seconds = alternate(
-                {
-                    name: (lambda f=f, x=leaves, g=dout: torch.autograd.grad(f(x), x, g))
-                    if both
-                    else (lambda f=f, x=(q, k, v): f(x))
-                    for name, f in (("dilated", ours), ("dense", theirs))
-                },
-                3 if n < 65_536 or not both else 1,
-            )
+            runs: dict[str, Callable[[], Any]] = {
+                name: (lambda f=f, x=leaves, g=dout: torch.autograd.grad(f(x), x, g))
+                if both
+                else (lambda f=f, x=(q, k, v): f(x))
+                for name, f in (("dilated", ours), ("dense", theirs))
+            }
+            seconds = medians(in_turn(runs, 3 if n < 65_536 or not both else 1))
             row = {"n": n, "what": what, "speedup": seconds["dense"] / seconds["dilated"]}
             rows.append(row | {f"{name}_ms": t * 1e3 for name, t in seconds.items()})
             print(rows[-1], flush=True)
@@ -217,19 +181,5 @@ SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS) + "; none: all")
-    chosen = parser.parse_args().sections or list(SECTIONS)
-    if unknown := set(chosen) - set(SECTIONS):
-        parser.error(f"unknown section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
-    for name in chosen:
-        print(f"{name} ...", flush=True)
-        result = environment() | SECTIONS[name]()
-        stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        RESULTS.write_text(json.dumps(stored | {name: result}, indent=1) + "\n")
-        print(json.dumps(result, indent=1), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(run_sections(__doc__, RESULTS, SECTIONS))

@@ -3,15 +3,14 @@
     python benchmarks/memory_pool.py                all sections (some two minutes on two cores)
     python benchmarks/memory_pool.py sizes          some of them
 
-Every figure is a ratio of medians of runs that alternate within one process, as in core.py.
+Every figure is a ratio of medians of runs that alternate within one process.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import resource
 import statistics
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -20,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from core import alternate, environment  # the file beside this one
 
 from dilated_attention_nb import improved
+from dilated_attention_nb.benchmarks import environment, in_turn, medians, run_sections
 from dilated_attention_nb.config import MemoryPoolConfig
 from dilated_attention_nb.memory_pool import UnifiedMemoryPool
 
@@ -64,14 +63,12 @@ def sizes() -> dict[str, Any]:
                 for _ in range(times):
                     run(*args)
 
-            seconds = alternate(
-                {
-                    "fresh": lambda n=nbytes, c=count, w=write: repeat(fresh, n, c, w),  # type: ignore[misc]
-                    "pool": lambda p=pool, n=nbytes, c=count, w=write: repeat(pooled, p, n, c, w),  # type: ignore[misc]
-                },
-                15,
-            )
-            row = {"use": use, "bytes": nbytes, "ratio": seconds["fresh"] / seconds["pool"]}
+            runs = {
+                "fresh": lambda n=nbytes, c=count, w=write: repeat(fresh, n, c, w),
+                "pool": lambda p=pool, n=nbytes, c=count, w=write: repeat(pooled, p, n, c, w),
+            }
+            seconds = medians(in_turn(runs, 15))
+            row = {"use": use, "bytes": nbytes, "speedup": seconds["fresh"] / seconds["pool"]}
             rows.append(row | {f"{name}_us": t / times * 1e6 for name, t in seconds.items()})
             print(rows[-1], flush=True)
     return {"rows": rows}
@@ -118,7 +115,7 @@ def one_workspace(dtype: str, n: int) -> dict[str, float]:
             improved.Workspace = own  # type: ignore[misc]
 
     runs = {"fresh": lambda: run(own), "pool": lambda: run(lent)}
-    seconds = alternate(runs, 7)
+    seconds = medians(in_turn(runs, 7))
     found = {f"{name}_ms": t * 1e3 for name, t in seconds.items()}
     found |= {f"{name}_faults": page_faults(one) for name, one in runs.items()}
     return found | {"hit_rate": pool.get_stats()["hit_rate"], "peak_bytes": pool.get_stats()["peak_bytes"]}
@@ -133,7 +130,7 @@ def workspace() -> dict[str, Any]:
             with ProcessPoolExecutor(1, get_context("spawn")) as process:
                 found.append(process.submit(one_workspace, dtype, n).result())
         ratios = sorted(one["fresh_ms"] / one["pool_ms"] for one in found)
-        row = {"dtype": dtype, "n": n, "ratio": ratios[1], "ratios": ratios}
+        row = {"dtype": dtype, "n": n, "speedup": ratios[1], "speedups": ratios}
         rows.append(row | {name: statistics.median(one[name] for one in found) for name in found[0]})
         print(rows[-1], flush=True)
     about = {"heads": 8, "head_dim": 64, "causal": True, "mixing": "softmax"}
@@ -158,12 +155,11 @@ def threads() -> dict[str, Any]:
             for thread in running:
                 thread.join()
 
-        seconds = alternate(
-            {
-                "fresh": lambda f=together: f(lambda: fresh(64, 1, False)),  # type: ignore[misc]
-                "pool": lambda f=together, p=pool: f(lambda: pooled(p, 64, 1, False)),  # type: ignore[misc]
-            }
-        )
+        runs = {
+            "fresh": lambda f=together: f(lambda: fresh(64, 1, False)),
+            "pool": lambda f=together, p=pool: f(lambda: pooled(p, 64, 1, False)),
+        }
+        seconds = medians(in_turn(runs))
         rows.append({"pool_threads": count} | {f"{name}_us": t / (loans * count) * 1e6 for name, t in seconds.items()})
         print(rows[-1], flush=True)
     return {"rows": rows, "loan_us": statistics.median(row["pool_us"] for row in rows)}
@@ -172,18 +168,5 @@ def threads() -> dict[str, Any]:
 SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {"sizes": sizes, "workspace": workspace, "threads": threads}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS) + "; none: all")
-    chosen = parser.parse_args().sections or list(SECTIONS)
-    if unknown := set(chosen) - set(SECTIONS):
-        parser.error(f"unknown section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
-    for name in chosen:
-        print(f"{name} ...", flush=True)
-        result = conditions() | SECTIONS[name]()
-        stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        RESULTS.write_text(json.dumps(stored | {name: result}, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(run_sections(__doc__, RESULTS, SECTIONS, origin=conditions))
