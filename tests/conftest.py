@@ -7,6 +7,7 @@ hold every pair of values. `make test-slow`, and pytest without `-m`, draw all e
 import itertools
 import math
 import os
+import sys
 
 # Before torch is imported: two threads at most, so that a test means the same on a laptop and on a server. One where
 # tests run side by side (pytest -n): threads that wait for a core in a loop take it from those that work. The worker
@@ -80,8 +81,10 @@ def peak_of_tensors(fn, *args) -> int:
 
 @pytest.fixture(autouse=True)
 def same_start():
-    "Each test begins with the same seed, the usual number of threads and float32, whatever ran before."
+    "Each test begins with the same seed, threads and float32 and without figures, whatever ran before."
     torch.manual_seed(0)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.set_default_dtype(torch.float32)
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
     yield
