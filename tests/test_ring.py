@@ -420,7 +420,7 @@ def others(rank: int, world: int) -> dict:
 
 
 def steps(rank: int, world: int) -> dict:
-    "Two forwards, then two backwards; a pool; then 100 steps, and what they leave behind."
+    "Two forwards, then two backwards; a pool; then 200 steps, and what they leave behind."
     pool = Pool()
     layer = RingDilatedAttention(config((48,), (1,), strategy="ring"), pool=pool)
     q, k, v = (shard_sequence(x).requires_grad_() for x in make_qkv(1, 48, 2, 8))
@@ -446,7 +446,7 @@ def steps(rank: int, world: int) -> dict:
         step()
     gc.collect()
     before = (_resident("VmRSS"), sum(isinstance(x, torch.Tensor) for x in gc.get_objects()))
-    for _ in range(100):
+    for _ in range(200):
         step()
     gc.collect()
     after = (_resident("VmRSS"), sum(isinstance(x, torch.Tensor) for x in gc.get_objects()))
