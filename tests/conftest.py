@@ -1,27 +1,90 @@
-"""Settings that every test shares: threads, seeds, hypothesis."""
+"""Settings that every test shares: threads, seeds, hypothesis; and how `make test` takes a part of a long test.
 
+`make test` (`-m "not slow"`) draws a fifth of hypothesis' examples and takes of a product of parameters as many as
+hold every pair of values. `make test-slow`, and pytest without `-m`, draw all examples and run the whole product.
+"""
+
+import itertools
+import math
 import os
+import sys
 
-# Before torch is imported: two threads at most, so that a test means the same on a laptop and on a server;
-# one where tests run side by side (pytest -n).
-THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1)
-os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
+# Before torch is imported: two threads at most, so that a test means the same on a laptop and on a server. One where
+# tests run side by side (pytest -n): threads that wait for a core in a loop take it from those that work. The worker
+# inherits what this file set in the process that started it, so a default would be too late here.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
 os.environ.setdefault("MPLBACKEND", "agg")
 
-import hypothesis  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import hypothesis
+import pytest
+import torch
 
 # The same examples in every run; no deadline, as a busy machine is no fault. HYPOTHESIS_PROFILE=explore looks further.
-hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
-hypothesis.settings.register_profile("explore", derandomize=False, deadline=None, max_examples=1000, print_blob=True)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+for name, count in {"quick": 20, "repeatable": 100, "explore": 1000}.items():
+    hypothesis.settings.register_profile(
+        name, derandomize=name != "explore", deadline=None, max_examples=count, print_blob=True
+    )
+hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_configure(config):
+    "Before the tests are collected, and so before `drawn` is called."
+    usual = "quick" if "not slow" in config.option.markexpr else "repeatable"
+    hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", usual))
+
+
+def drawn(examples: int) -> hypothesis.settings:
+    "For a test that draws more or fewer examples than usual: that many of 100, and the same share in other profiles."
+    return hypothesis.settings(max_examples=math.ceil(examples * hypothesis.settings.default.max_examples / 100))
+
+
+def covering(axes: list[list]) -> set[tuple[int, ...]]:
+    "Places in the product of `axes` that hold every pair of values of two axes, about as few as can be found quickly."
+    sizes = [range(len(axis)) for axis in axes]
+    missing = {
+        ((i, a), (j, b))
+        for (i, first), (j, second) in itertools.combinations(enumerate(sizes), 2)
+        for a, b in itertools.product(first, second)
+    }
+    rest, chosen = list(itertools.product(*sizes)), set()
+
+    def found(place):
+        return missing.intersection(itertools.combinations(enumerate(place), 2))
+
+    while missing:
+        best = max(rest, key=lambda place: len(found(place)))  # the first of the best: the same in every run
+        missing -= found(best)
+        chosen.add(best)
+    return chosen
+
+
+def product(ids=None, **axes):
+    "Parametrise by the product of `axes`. What is beyond those that hold every pair of values is marked slow."
+    values = [list(axis) for axis in axes.values()]
+    quick = covering(values)
+    cases = [
+        pytest.param(*(axis[i] for axis, i in zip(values, place)), marks=() if place in quick else pytest.mark.slow)
+        for place in itertools.product(*(range(len(axis)) for axis in values))
+    ]
+    return pytest.mark.parametrize(tuple(axes), cases, ids=ids)
+
+
+def peak_of_tensors(fn, *args) -> int:
+    "The most bytes of memory for tensors that `fn(*args)` held at once on the CPU: counted, so the same in every run."
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        fn(*args)
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 @pytest.fixture(autouse=True)
 def same_start():
-    "Each test begins with the same seed, the usual number of threads and float32, whatever ran before."
+    "Each test begins with the same seed, threads and float32 and without figures, whatever ran before."
     torch.manual_seed(0)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.set_default_dtype(torch.float32)
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
     yield

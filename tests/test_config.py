@@ -12,7 +12,8 @@ from dataclasses import FrozenInstanceError, dataclass, replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from conftest import drawn
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dilated_attention_nb.config import (
@@ -500,7 +501,6 @@ def other_configs(draw):
     return draw(st.sampled_from([distributed, pool]))
 
 
-@settings(deadline=None)
 @given(attention_configs() | multihead_configs() | other_configs())
 def test_good_configs_survive_everything(config):
     cls, text = type(config), config.to_json()
@@ -525,7 +525,7 @@ junk = st.recursive(
 )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=300)
+@drawn(300)
 @given(st.data())
 def test_any_value_is_either_kept_or_refused_by_name(data):
     cls = data.draw(st.sampled_from(list(GOOD)))

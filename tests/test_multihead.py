@@ -6,7 +6,8 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given, settings
+from conftest import drawn
+from hypothesis import given
 from torch import nn
 
 from dilated_attention_nb.block_sparse import BlockSparseAttention
@@ -187,7 +188,7 @@ def test_between_the_projections_stands_the_oracle(kind, mixing, offsets):
     assert torch.allclose(mha(x, is_causal=True)[0], mha.out_proj(want.flatten(2)), atol=1e-13)
 
 
-@settings(max_examples=60)
+@drawn(60)
 @given(case=attention_cases(max_length=20, dtypes=(torch.float64,), d=8))
 def test_weights_are_the_definitions(case):
     h, w, r = case.h, case.segment_lengths, case.dilation_rates

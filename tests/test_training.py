@@ -77,6 +77,18 @@ def demo(*arguments) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+@pytest.fixture
+def here(monkeypatch, capsys):
+    "The command in this process: a start saved, and the seconds in which it measures how fast attention is."
+    monkeypatch.setattr(training, "forward_seconds", lambda *_: 1.0)
+
+    def run(*arguments) -> tuple[int, str, str]:
+        torch.set_num_threads(1)  # as in the others, so that sums are the same
+        return training.demo([*map(str, arguments)]), *capsys.readouterr()
+
+    return run
+
+
 def losses(run: Path) -> list[float]:
     return [row["bits_per_byte"] for row in read_metrics(run)]
 
@@ -89,9 +101,9 @@ def content(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def whole(words, tmp_path_factory):
-    "A run of 150 steps that nothing interrupted."
+    "A run of 100 steps that nothing interrupted."
     out = tmp_path_factory.mktemp("whole")
-    status, said, err = demo("--text", words, "--steps", 150, "--out", out, *SIZE)
+    status, said, err = demo("--text", words, "--steps", 100, "--out", out, *SIZE)
     assert status == 0, err
     return out / "longnet", said, err
 
@@ -106,7 +118,7 @@ def test_a_run_leaves_what_it_promises(whole):
     results = json.loads((run / "results.json").read_text())
     assert [r["context"] for r in results["contexts"]] == [16, 32, 64, 128, 256, 512]
     assert {r["attention"] for r in results["speed"]} == {"dilated", "dense"}
-    assert len(losses(run)) == results["steps"] == 150 and losses(run)[-1] < losses(run)[0] - 3
+    assert len(losses(run)) == results["steps"] == 100 and losses(run)[-1] < losses(run)[0] - 3
     for word in ("gzip -9", "lzma", "context 256", "bits per byte", "sample.txt"):
         assert word in said
     for word in ("bits/byte", "B/s", "00:"):  # of the progress bar
@@ -123,7 +135,7 @@ def test_a_run_can_be_loaded(whole):
 
 
 def interrupted(words, out, number, rows):
-    process = start("--text", words, "--steps", 150, "--out", out, *SIZE)
+    process = start("--text", words, "--steps", 100, "--out", out, *SIZE)
     deadline = time.monotonic() + 120
     while len(read_metrics(out / "longnet")) < rows:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
@@ -133,15 +145,15 @@ def interrupted(words, out, number, rows):
     return process.returncode, said, err
 
 
-@pytest.mark.parametrize(("name", "rows"), [("SIGINT", 20), ("SIGTERM", 100)])
-def test_an_interrupted_run_resumes_as_if_nothing_had_been(name, rows, words, whole, tmp_path):
+@pytest.mark.parametrize(("name", "rows"), [("SIGINT", 20), ("SIGTERM", 60)])
+def test_an_interrupted_run_resumes_as_if_nothing_had_been(name, rows, words, whole, tmp_path, here):
     status, said, err = interrupted(words, tmp_path, getattr(signal, name), rows)
     assert status == 128 + getattr(signal, name), err
     done = len(losses(tmp_path / "longnet"))
-    assert rows <= done < 150 and f"step {done} of 150" in said and f"--resume longnet --out {tmp_path}" in said
+    assert rows <= done < 100 and f"step {done} of 100" in said and f"--resume longnet --out {tmp_path}" in said
     assert said.splitlines()[-1].split()[0] == sys.executable  # what it says can be typed
     assert (tmp_path / "longnet/checkpoint.safetensors").exists() and "Traceback" not in err
-    status, _, err = demo("--resume", "longnet", "--out", tmp_path)
+    status, _, err = here("--resume", "longnet", "--out", tmp_path)
     assert status == 0, err
     assert losses(tmp_path / "longnet") == losses(whole[0])
     mine, theirs = (load_file(run / "model.safetensors") for run in (tmp_path / "longnet", whole[0]))
@@ -149,12 +161,12 @@ def test_an_interrupted_run_resumes_as_if_nothing_had_been(name, rows, words, wh
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
-def test_a_killed_run_begins_again_where_it_was_saved(words, whole, tmp_path):
+def test_a_killed_run_begins_again_where_it_was_saved(words, whole, tmp_path, here):
     status, *_ = interrupted(words, tmp_path, signal.SIGKILL, 30)
     assert status == -signal.SIGKILL
     with open(tmp_path / "longnet/metrics.jsonl", "a") as file:
         file.write('{"step": 3')  # as far as the disk had got
-    status, _, err = demo("--resume", "longnet", "--out", tmp_path)
+    status, _, err = here("--resume", "longnet", "--out", tmp_path)
     assert status == 0, err
     assert losses(tmp_path / "longnet") == losses(whole[0])
 
@@ -178,18 +190,18 @@ def test_two_signals_end_it_at_once(words, tmp_path):
 # ---- what is refused, and that nothing changes then ------------------------------------------------------------------
 
 
-def test_names_are_never_reused(whole, words):
+def test_names_are_never_reused(whole, words, here):
     run = whole[0]
     before = content(run)
-    status, _, err = demo("--text", words, "--steps", 2, "--out", run.parent, "--name", "longnet", *SIZE)
+    status, _, err = here("--text", words, "--steps", 2, "--out", run.parent, "--name", "longnet", *SIZE)
     assert status == 2 and "name must be new" in err and "--resume" in err and content(run) == before
-    status, said, err = demo("--text", words, "--steps", 2, "--out", run.parent, *SIZE)
+    status, said, err = here("--text", words, "--steps", 2, "--out", run.parent, *SIZE)
     assert status == 0 and "longnet-2" in said and content(run) == before
 
 
-def test_a_finished_run_is_not_resumed(whole):
+def test_a_finished_run_is_not_resumed(whole, here):
     before = content(whole[0])
-    status, _, err = demo("--resume", "longnet", "--out", whole[0].parent)
+    status, _, err = here("--resume", "longnet", "--out", whole[0].parent)
     assert status == 2 and "finished" in err and content(whole[0]) == before
 
 
@@ -358,8 +370,8 @@ def test_a_file_without_permission_is_named(words, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file here that exists and can't be read")
-def test_a_file_that_fails_to_read_is_named(tmp_path):
-    status, _, err = demo("--text", "/proc/self/mem", "--out", tmp_path / "runs", *SIZE)
+def test_a_file_that_fails_to_read_is_named(tmp_path, here):
+    status, _, err = here("--text", "/proc/self/mem", "--out", tmp_path / "runs", *SIZE)
     assert status == 2 and "error: text must be readable, got /proc/self/mem: " in err
 
 
@@ -421,9 +433,12 @@ def test_time_and_steps_exclude_each_other(capsys):
     assert "not allowed with" in capsys.readouterr().err
 
 
-def test_a_run_takes_about_its_time(words, tmp_path):
-    status, said, err = demo("--text", words, "--minutes", "0.2", "--out", tmp_path, *SIZE)
-    assert status == 0 and len(losses(tmp_path / "longnet")) > 10, err
+def test_a_run_takes_about_its_time(words, tmp_path, here):
+    "Four fifths of it are for training; other work on this machine may slow the trial steps or the run down."
+    status, said, err = here("--text", words, "--minutes", "0.1", "--out", tmp_path, *SIZE)
+    rows = read_metrics(tmp_path / "longnet")
+    assert status == 0 and len(rows) > 10, err
+    assert 1 < sum(row["seconds"] for row in rows) < 20
 
 
 def test_a_folder_that_cannot_be_written_is_named(words, tmp_path, capsys):
@@ -596,7 +611,7 @@ def test_the_rate_rises_and_falls_to_almost_zero():
     assert 0 < rates[-1] < 0.02 and max(rates) > 0.9
 
 
-@pytest.mark.parametrize("context", [1, 7, 64, 256, 1000])
+@pytest.mark.parametrize("context", [1, 7, *(pytest.param(n, marks=pytest.mark.slow) for n in (64, 256)), 1000])
 def test_bits_per_byte_is_the_mean_surprise(context):
     model = make_model(CONFIG).double()
     with torch.no_grad():
