@@ -8,6 +8,7 @@
 #   make notebooks   execute all notebooks and store their outputs
 #   make docs        build the site into _docs/
 #   make bench       run the benchmarks and store their figures (BENCHMARKS=benchmarks/core.py ARGS=floor: a part)
+#   make bench-check   measure a few quick sections again and say what is worse than what is stored
 #   make lock        renew constraints.txt from what is installed
 #
 # PYTHON=python3.12 make test   uses another interpreter for a new .venv
@@ -26,7 +27,7 @@ READY := $(VENV)/.installed
 BENCHMARKS ?= $(wildcard benchmarks/*.py)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-slow lab export notebooks docs bench lock clean
+.PHONY: help demo test test-slow lab export notebooks docs bench bench-check lock clean
 
 help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
@@ -74,6 +75,9 @@ docs: $(READY)
 
 bench: $(READY)
 	for script in $(BENCHMARKS); do $(BIN)/python $$script $(ARGS); done
+
+bench-check: $(READY)
+	$(BIN)/python benchmarks/comparison.py --check quick
 
 lock: $(READY)
 	@head -2 constraints.txt > constraints.new

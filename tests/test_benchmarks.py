@@ -1,0 +1,150 @@
+"""The harness of the benchmarks: what it counts, relates and refuses."""
+
+import json
+
+import pytest
+import torch
+from conftest import drawn
+from hypothesis import given
+
+from dilated_attention_nb import benchmarks
+from dilated_attention_nb.benchmarks import (
+    LONGEST,
+    Limits,
+    Work,
+    attention_work,
+    dilated_pairs,
+    from_diagonal,
+    in_turn,
+    label,
+    measure_limits,
+    method,
+    ratio,
+    read_results,
+    regressions,
+    run_sections,
+    to_diagonal,
+    torchscale_attention,
+)
+from dilated_attention_nb.testing import attention_cases, make_qkv, oracle_attention, oracle_counts
+
+
+@drawn(100)
+@given(attention_cases())
+def test_pairs_are_those_of_the_oracle(case):
+    n, h = case.nk, case.h
+    ws, rs = case.segment_lengths, case.dilation_rates
+    options = {"is_causal": case.is_causal, "mixing": case.mixing}
+    counts, _ = oracle_counts(n, n, h, ws, rs, ragged="mask", **options)
+    assert dilated_pairs(n, h, ws, rs, **options) == int(counts.sum())
+
+
+@pytest.mark.parametrize(("n", "h", "w", "r"), [(12, 4, 4, 2), (13, 3, 5, 2), (7, 5, 7, 3), (16, 1, 8, 1)])
+def test_the_diagonal_keeps_the_grid_and_comes_back(n, h, w, r):
+    x = 1 + torch.arange(2.0 * n * h * 3).view(2, n, h, 3)
+    back = from_diagonal(to_diagonal(x, w, r), w, r, n, h, -1.0)
+    per = -(-h // r)
+    for i in range(n):
+        for head in range(h):
+            kept = (i % w) % r == head // per
+            assert torch.equal(back[:, i, head], x[:, i, head] if kept else torch.full((2, 3), -1.0))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_torchscale_attention_is_the_oracle_at_whole_lengths(is_causal):
+    q, k, v = make_qkv(2, 16, 4, 8, dtype=torch.float64)
+    options = dict(is_causal=is_causal, mixing="softmax")
+    expected = oracle_attention(q, k, v, (4, 16), (1, 4), **options)[0]
+    for exact in (False, True):
+        got = torchscale_attention(q, k, v, (4, 16), (1, 4), is_causal, exact)
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_runs_take_turns_and_ratios_are_paired():
+    order, now = [], [0.0]
+    pace = iter([1.0, 1.0, 1.0, 1.0, 5.0, 5.0, 1.0, 1.0])
+
+    def run(name, takes):
+        order.append(name)
+        now[0] += takes * next(pace)
+
+    runs = {"a": lambda: run("a", 2.0), "b": lambda: run("b", 1.0)}
+    seconds = in_turn(runs, 3, clock=lambda: now[0])
+    assert order == ["a", "b"] * 4 and seconds["a"] == [2.0, 10.0, 2.0]
+    assert ratio(seconds, "a", "b") == 2.0
+    pace = iter([7.0])
+    assert in_turn({"a": runs["a"]}, 0, clock=lambda: now[0]) == {"a": [14.0]}
+
+
+def test_limits_bound_by_arithmetic_or_by_memory():
+    limits = Limits(100.0, 10.0)
+    assert limits.seconds(Work(1000.0, 1.0)) == 10.0 and limits.seconds(Work(1.0, 1000.0)) == 100.0
+    assert limits.share(Work(1000.0, 1.0), 20.0) == 0.5
+    work, both = (attention_work(10, 100, 8, 2, backward) for backward in (False, True))
+    assert (work.flops, work.bytes) == (320.0, 800.0) and (both.flops, both.bytes) == (1120.0, 2400.0)
+    measured = measure_limits(torch.float32, size=64, mib=1)
+    assert measured.flops > 0 and measured.bandwidth > 0
+
+
+ORIGIN = {"device": "cpu", "processor": "p", "threads": 1}
+
+
+def section(**figures):
+    return ORIGIN | {"rows": [{"n": 8, "method": "m", "ms": 1.0} | figures]}
+
+
+@pytest.mark.parametrize(
+    ("figure", "stored", "got", "worse"),
+    [
+        ("ratio", 1.0, 1.09, False), ("ratio", 1.0, 1.2, True), ("ratio", 1.0, 0.5, False),
+        ("speedup", 10.0, 8.0, True), ("speedup", 10.0, 9.5, False), ("peak_mib", 100.0, 120.0, True),
+        ("share", 0.8, 0.9, False), ("share", 0.8, 0.6, True),
+    ],
+)  # fmt: skip
+def test_what_became_worse_is_named(figure, stored, got, worse):
+    found = list(regressions("s", section(**{figure: stored}), section(**{figure: got}, ms=99.0)))
+    assert len(found) == worse
+    if worse:
+        assert str(found[0]).startswith(f"s, n 8, method m: {figure} {got:.3g}, stored {stored:.3g}")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"processor": "q"}, "processor must be that of the stored section"),
+        ({"threads": 2}, "threads must be that of the stored section"),
+        ({"rows": [{"n": 9, "ratio": 1.0}]}, "rows must have some in common"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        list(regressions("s", section(ratio=1.0), section(ratio=1.0) | change))
+
+
+def test_sections_are_stored_one_by_one_and_checked(tmp_path, capsys):
+    file, values = tmp_path / "r.json", iter([1.0, 2.0, 1.0, 3.0])
+    sections = {"a": lambda: {"rows": [{"n": 1, "ratio": next(values)}]}, "b": lambda: 1 / 0}
+    with pytest.raises(ZeroDivisionError):
+        run_sections("About.", file, sections, [])
+    assert list(read_results(file)) == ["a"]  # what was measured before the failure is kept
+    assert run_sections("About.", file, {"a": sections["a"]}, ["--check", "a"]) == 1
+    assert "worse: a, n 1: ratio 2" in capsys.readouterr().err
+    assert run_sections("About.", file, sections, ["--check", "a", "--slack", "0.01"]) == 0
+    assert json.loads(file.read_text())["a"]["rows"][0]["ratio"] == 1.0
+    for argv, words in ((["c"], "unknown section c; there are a, b"), (["--check", "b"], "1 / 0")):
+        with pytest.raises((SystemExit, ZeroDivisionError)):
+            run_sections("About.", file, sections, argv)
+        assert words in capsys.readouterr().err or words == "1 / 0"
+    with pytest.raises(SystemExit):
+        run_sections("About.", tmp_path / "none.json", {"a": sections["a"]}, ["--check"])
+    assert "no section a to compare with" in capsys.readouterr().err
+
+
+def test_labels_and_methods():
+    assert label({"n": 8, "rho": 0.1, "ratio": 1.0, "ms": 2.0, "dtype": "float32"}) == "n 8, rho 0.1, dtype float32"
+    q, k, v = make_qkv(1, 256, 2, 8)
+    for name in set(LONGEST) - {"flex"}:
+        assert method(name, 256, 2, True)(q, k, v).shape == q.shape
+    with pytest.raises(ValueError, match="name must be one of dense"):
+        method("sparse", 256, 2, True)
+    assert {"device", "processor", "threads", "torch", "date"} <= benchmarks.environment().keys()
