@@ -255,9 +255,30 @@ class Scratch:
         return buffer[:size].view(shape)
 
 
-def read(space: Scratch, name: str, x: Tensor, blocks: Span, dtype: torch.dtype) -> Tensor:
+class Woven:
+    "Heads `[blocks, tokens, h, ...]` as blocks `[h * blocks, tokens, 1, ...]`, read and written where they lie."
+
+    def __init__(self, x: Tensor) -> None:
+        (self.blocks, size, self.heads), rest = x.shape[:3], x.shape[3:]
+        self.shape, self.dtype, self.device = (self.blocks * self.heads, size, 1, *rest), x.dtype, x.device
+        self.flat = x.reshape(-1, *rest)  # a view, if x is contiguous
+
+    def rows(self, index: Tensor) -> Int[Tensor, " rows"]:
+        "The rows of `flat` that are these blocks."
+        size, index = self.shape[1], index.to(self.device)
+        head, block = index // self.blocks, index % self.blocks
+        tokens = torch.arange(0, size * self.heads, self.heads, device=self.device)
+        return (tokens + (block * size * self.heads + head)[:, None]).view(-1)
+
+
+def read(space: Scratch, name: str, x: Tensor | Woven, blocks: Span, dtype: torch.dtype) -> Tensor:
     "Blocks `[t, k]` of `x` `[blocks, tokens, ...]` -> `[t, k * tokens, ...]`: a view if one stride describes them."
     size, *rest = x.shape[1:]
+    if isinstance(x, Woven):
+        rows = x.rows(blocks.index)
+        found = torch.index_select(x.flat, 0, rows, out=space(name, (len(rows), *rest[1:]), x.dtype))
+        found = found if dtype == x.dtype else space(name, found.shape, dtype).copy_(found)
+        return found.view(blocks.t, blocks.k * size, *rest)
     if blocks.step >= 0:
         strides = (blocks.step * x.stride(0), *x.stride()[1:])
         view = x[blocks.first].as_strided((blocks.t, blocks.k * size, *rest), strides)
@@ -290,14 +311,15 @@ Combine = Callable[[list[Tensor], list[Tensor]], None]
 
 
 def collect(
-    targets: list[Tensor], wide: list[torch.dtype], p: Portion, results: Iterator[Sequence[Tensor]], combine: Combine,
+    targets: Sequence[Tensor | Woven], wide: list[torch.dtype], p: Portion, results: Iterator[Sequence[Tensor]], combine: Combine,
     empty: tuple[float, float], space: Scratch,
 ) -> None:  # fmt: skip
     "Store or combine the results of a portion's batches, `[t, rows * tokens, ...]`, and leave them in the targets."
     run, index = p.rows.run, p.rows.index.to(targets[0].device)
-    direct = run is not None and all(x.dtype == dtype for x, dtype in zip(targets, wide))
+    plain = [x for x in targets if isinstance(x, Tensor) and run is not None]
+    direct = [x.dtype for x in plain] == wide
     shapes = [(p.rows.k, *x.shape[1:]) for x in targets]
-    parts = [x[run] for x in targets] if direct else []
+    parts = [x[run] for x in plain] if direct else []
     for batch, values in zip(p.batches, results):
         flat = [x.unflatten(1, (batch.rows.k, -1)).flatten(0, 1) for x in values]
         if not direct and len(p.batches) == 1 and batch.moves == ((slice(0, p.rows.k), slice(0, p.rows.k), True),):
@@ -316,11 +338,16 @@ def collect(
         for part, value in zip(parts, empty):
             part.index_fill_(0, p.empty.to(part.device), value)
     for target, part in zip(targets, () if direct else parts):
-        target[run].copy_(part) if run is not None else target.index_copy_(0, index, part.to(target.dtype))
+        if isinstance(target, Woven):
+            target.flat.index_copy_(0, target.rows(index), part.to(target.dtype).view(-1, *target.shape[3:]))
+        elif run is not None:
+            target[run].copy_(part)
+        else:
+            target.index_copy_(0, index, part.to(target.dtype))
 
 
 def forward_head(
-    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, portions: Sequence[Portion], w: Work
+    out: Any, lse: Any, q: Any, k: Any, v: Any, portions: Sequence[Portion], w: Work
 ) -> None:
     "Leave merged out and lse in `out` and `lse`."
 
@@ -340,15 +367,15 @@ def forward_head(
 
 
 def backward_head(
-    dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    dq: Tensor, dk: Any, dv: Any, dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any,
     portions: Sequence[Portion], w: Work,
 ) -> None:  # fmt: skip
     "Add to `dq`, which is wide; leave dk and dv. The rows of a portion are blocks of keys."
-    half = k.element_size() == 2 and k.device.type == "cpu"
+    half = dk.dtype != dq.dtype and dq.device.type == "cpu"
 
     def results(p: Portion) -> Iterator[Sequence[Tensor]]:
         for b in p.batches:
-            small = min(b.rows.k, b.cols.k) * q.shape[1] < 512
+            small = min(b.rows.k, b.cols.k) * q.shape[1] < 512 and b.cols.k * q.shape[1] < 768
             dtype = dq.dtype if half and small else q.dtype
             tensors = (
                 ("dout", dout, b.cols),
@@ -414,6 +441,11 @@ def _string(x: Tensor) -> Tensor:
     return x.movedim(3, 1).flatten(1, 2).unsqueeze(3)
 
 
+def _often(num: Tensor, cols: int) -> bool:
+    "Whether blocks of keys are seen so often that a copy of them, heads one after the other, pays."
+    return int(num.sum()) >= 4 * num.shape[0] * num.shape[1] * cols
+
+
 def _unstring(x: Tensor, heads: int) -> Tensor:
     return x.squeeze(3).unflatten(1, (heads, -1)).movedim(1, 3)
 
@@ -445,6 +477,13 @@ def _repeated(q: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.shape[2] == q.shape[2] else x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in tensors)
 
 
+def _head(x: Tensor, b: int, heads: slice, strung: bool) -> Tensor | Woven:
+    "Some heads of a batch entry; all of them, one after the other, if they are `strung`."
+    if not strung:
+        return x[b, :, :, heads]
+    return x[b] if x.shape[3] == 1 else Woven(x[b])
+
+
 @contextmanager
 def _tf32(allowed: bool, q: Tensor) -> Iterator[None]:
     "Within, float32 products on CUDA may (or may not) be computed in TF32, as in `improved`."
@@ -469,15 +508,15 @@ def sparse_forward_op(
     scale: float, backend: str, use_tf32: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     "Merged out and lse."
-    (n, heads), (k, v), strung = q.shape[1:3], _repeated(q, k, v), _irregular(num, index)
-    bq, bk, bv = (_string(_blocks(x, size)) if strung else _blocks(x, size) for x in (q, k, v))
+    n, (k, v), strung = q.shape[1], _repeated(q, k, v), _irregular(num, index)
+    bq, bk, bv = (_blocks(x, size) for x in (q, k, v))
+    if strung and _often(num, bk.shape[1]):
+        bk, bv = _string(bk), _string(bv)
     out, lse = q.new_empty(bq.shape), q.new_empty(bq.shape[:-1], dtype=_wide(q))
     with _tf32(use_tf32, q):
         for b, h, portions, work in _jobs(q, k, mask, num, index, size, is_causal, scale, backend, False, strung):
-            at = (b, slice(None), slice(None), h)
-            forward_head(out[at], lse[at], bq[at], bk[at], bv[at], portions, work)
-    out, lse = ((_unstring(x, heads) if strung else x).flatten(1, 2)[:, :n] for x in (out, lse))
-    return out.contiguous(), lse.contiguous()
+            forward_head(*(_head(x, b, h, strung) for x in (out, lse, bq, bk, bv)), portions, work)
+    return out.flatten(1, 2)[:, :n].contiguous(), lse.flatten(1, 2)[:, :n].contiguous()
 
 
 @torch.library.custom_op("dilated_attention_nb::block_sparse_backward", mutates_args=())
@@ -487,18 +526,17 @@ def sparse_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     "dq, dk, dv."
     given, (k, v), strung = k, _repeated(q, k, v), _irregular(num, index)
-    blocks = [_string(_blocks(x, size)) if strung else _blocks(x, size) for x in (dout, q, k, v, out, lse)]
-    if strung and q.device.type == "cpu":  # small rectangles all of them
-        blocks = [x.to(_wide(q)) for x in blocks]
-    dq = q.new_zeros(blocks[1].shape, dtype=_wide(q))
-    dk, dv = (q.new_empty(x.shape) for x in blocks[2:4])
+    do, bq, bk, bv, o, l = (_blocks(x, size) for x in (dout, q, k, v, out, lse))
+    dk, dv = q.new_empty(bk.shape), q.new_empty(bv.shape)
+    dq = q.new_zeros((_string(bq) if strung else bq).shape, dtype=_wide(q))
+    if strung and _often(num, bq.shape[1]):
+        do, bq, o, l = (_string(x) for x in (do, bq, o, l))
     with _tf32(use_tf32, q):
         for b, h, portions, work in _jobs(q, k, mask, num, index, size, is_causal, scale, backend, True, strung):
-            at = (b, slice(None), slice(None), h)
-            do, bq, bk, bv, o, l = (x[at] for x in blocks)
-            backward_head(dq[at], dk[at], dv[at], do, bq, bk, bv, o, l, portions, work)
-    sizes = ((dq, q.shape[1]), (dk, k.shape[1]), (dv, k.shape[1]))
-    dq, dk, dv = ((_unstring(x, q.shape[2]) if strung else x).flatten(1, 2)[:, :n] for x, n in sizes)
+            given_ = (_head(x, b, h, strung) for x in (dk, dv, do, bq, bk, bv, o, l))
+            backward_head(dq[b] if strung else dq[b, :, :, h], *given_, portions, work)
+    sizes = ((_unstring(dq, q.shape[2]) if strung else dq, q.shape[1]), (dk, k.shape[1]), (dv, k.shape[1]))
+    dq, dk, dv = (x.flatten(1, 2)[:, :n] for x, n in sizes)
     if given.shape[2] < q.shape[2]:
         dk, dv = (x.unflatten(2, (given.shape[2], -1)).sum(3, dtype=_wide(q)) for x in (dk, dv))
     return dq.to(q.dtype).contiguous(), dk.to(q.dtype).contiguous(), dv.to(q.dtype).contiguous()
