@@ -35,6 +35,7 @@ from dilated_attention_nb.config import (
     complaint,
 )
 from dilated_attention_nb.partial import (
+    _ONE_CALL,
     attend_backward,
     attend_forward,
     cast_like_autocast,
@@ -43,20 +44,23 @@ from dilated_attention_nb.partial import (
 )
 
 # %% ../nbs/08_block_sparse.ipynb #47f982ba
-_PRICE = {1: 1.0, 2: 0.8, 4: 0.7}  # of a pair of blocks in a call of so many rows of blocks; more: 0.6
-_CALL = 0.25  # of a row in one more call
+_PRICES = {  # of a pair of blocks in a call of 1, 2, 4, 8 rows of blocks, and of a row in one more call
+    False: ({1: 1.0, 2: 0.8, 4: 0.7, 8: 0.6}, 0.25),
+    True: ({1: 1.0, 2: 0.74, 4: 0.6, 8: 0.5}, 0.5),  # forward in low precision
+}
 _GROUP = 1024  # tokens of a group of rows
 
 
-def cover(rows: np.ndarray, kept: np.ndarray) -> tuple[float, list[tuple[np.ndarray, np.ndarray]]]:
+def cover(rows: np.ndarray, kept: np.ndarray, half: bool = False) -> tuple[float, list[tuple[np.ndarray, np.ndarray]]]:
     "Rectangles `(rows, cols)` that together are the bool `kept` `[rows, cols]`, and their cost, the least."
+    prices, call = _PRICES[half]
     if len(rows) == 1:
         cols = np.flatnonzero(kept[0])
-        return (cols.size + _CALL, [(rows, cols)]) if cols.size else (0.0, [])
+        return (cols.size + call, [(rows, cols)]) if cols.size else (0.0, [])
     m = len(rows) // 2
 
     def halves(kept: np.ndarray) -> tuple[float, list[tuple[np.ndarray, np.ndarray]]]:
-        (a, x), (b, y) = cover(rows[:m], kept[:m]), cover(rows[m:], kept[m:])
+        (a, x), (b, y) = cover(rows[:m], kept[:m], half), cover(rows[m:], kept[m:], half)
         return a + b, x + y
 
     best = halves(kept)
@@ -64,7 +68,7 @@ def cover(rows: np.ndarray, kept: np.ndarray) -> tuple[float, list[tuple[np.ndar
     if common.any():
         cols = np.flatnonzero(common)
         cost, rest = halves(kept & ~common)
-        cost += len(rows) * (_PRICE.get(len(rows), 0.6) * cols.size + _CALL)
+        cost += len(rows) * (prices.get(len(rows), prices[8]) * cols.size + call)
         if cost < best[0]:
             return cost, [(rows, cols), *rest]
     return best
@@ -136,7 +140,8 @@ def portion(rows: np.ndarray, parts: list[tuple[np.ndarray, np.ndarray, bool]]) 
                 at = flat.start + a - there.start
                 moves.append((slice(at, at + b - a), slice(a, b), not filled[a]))
         filled[places] = True
-        batches.append(Batch(Span(rows[places]), Span(cols), is_causal, tuple(moves)))
+        own = next((b.rows for b in batches if np.array_equal(b.rows.blocks, rows[places])), None) or Span(rows[places])
+        batches.append(Batch(own, Span(cols), is_causal, tuple(moves)))
     return Portion(Span(rows[None]), tuple(batches), torch.from_numpy(np.flatnonzero(~filled)))
 
 
@@ -189,7 +194,9 @@ class Lists:
         return found
 
 
-def _portions(lists: Lists, at: np.ndarray, cols: int, swapped: bool, group: int, room: int) -> Iterator[Portion]:
+def _portions(
+    lists: Lists, at: np.ndarray, cols: int, swapped: bool, group: int, room: int, half: bool, joint: int
+) -> Iterator[Portion]:
     "Portions of rows; `at` are diagonal columns, `room` the blocks that may be copied at a time."
     num, index, stride = lists.num, lists.index, lists.stride()
     if not stride:
@@ -198,8 +205,12 @@ def _portions(lists: Lists, at: np.ndarray, cols: int, swapped: bool, group: int
             size = int(num[rows[0]])
             for some in np.array_split(rows, min(len(rows), -(-len(rows) * size // room) or 1)):
                 places = np.arange(len(some))[:, None]
-                parts = [(places, index[some, :size], False)] if size else []
-                parts += [(places, at[some][:, None], True)] if at[some[0]] >= 0 else []
+                others, own = index[some, :size], at[some][:, None]
+                if size and own[0] >= 0 and size < joint:
+                    yield portion(some, [(places, np.hstack((own, others) if swapped else (others, own)), True)])
+                    continue
+                parts = [(places, others, False)] if size else []
+                parts += [(places, own, True)] if own[0] >= 0 else []
                 yield portion(some, parts)
         return
     below = np.tri(group, k=-1, dtype=bool)
@@ -211,7 +222,7 @@ def _portions(lists: Lists, at: np.ndarray, cols: int, swapped: bool, group: int
                 kept[place, index[row, : num[row]]] = True
             places = np.arange(len(rows))
             found = [(*tile, True) for tile in squares(places, kept, at[rows], below)]
-            found += [(*tile, False) for tile in cover(places, kept)[1]]
+            found += [(*tile, False) for tile in cover(places, kept, half)[1]]
             sizes: dict[tuple[int, int, bool], list[Any]] = {}
             for r, c, causal in found:
                 sizes.setdefault((len(r), len(c), causal), []).append((r, c))
@@ -220,8 +231,9 @@ def _portions(lists: Lists, at: np.ndarray, cols: int, swapped: bool, group: int
 
 
 def plan(
-    heads: tuple[Lists, ...], past: int, cols: int, is_causal: bool, swapped: bool, group: int, room: int
-) -> tuple[Portion, ...]:
+    heads: tuple[Lists, ...], past: int, cols: int, is_causal: bool, swapped: bool, group: int, room: int,
+    half: bool = False, joint: int = 0,
+) -> tuple[Portion, ...]:  # fmt: skip
     "What to compute for heads that stand one after the other: portions of query rows, or with `swapped` of key rows."
     parts = [lists.split(past, is_causal) for lists in heads]
     at = np.concatenate([np.where(at < 0, -1, at + h * cols) for h, (_, at) in enumerate(parts)])
@@ -233,8 +245,8 @@ def plan(
     if swapped:
         turned = np.full(every, -1)
         turned[at[at >= 0]] = np.flatnonzero(at >= 0)
-        return tuple(_portions(rest.transposed(every), turned, len(rest.num), True, group, room))
-    return tuple(_portions(rest, at, every, False, group, room))
+        return tuple(_portions(rest.transposed(every), turned, len(rest.num), True, group, room, half, joint))
+    return tuple(_portions(rest, at, every, False, group, room, half, joint))
 
 
 _small_plan = lru_cache(maxsize=64)(plan)
@@ -246,6 +258,7 @@ class Scratch:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.last: tuple[Span | None, Any] = (None, None)
 
     def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         size = torch.Size(shape).numel()
@@ -263,19 +276,21 @@ class Woven:
         self.shape, self.dtype, self.device = (self.blocks * self.heads, size, 1, *rest), x.dtype, x.device
         self.flat = x.reshape(-1, *rest)  # a view, if x is contiguous
 
-    def rows(self, index: Tensor) -> Int[Tensor, " rows"]:
-        "The rows of `flat` that are these blocks."
-        size, index = self.shape[1], index.to(self.device)
-        head, block = index // self.blocks, index % self.blocks
-        tokens = torch.arange(0, size * self.heads, self.heads, device=self.device)
-        return (tokens + (block * size * self.heads + head)[:, None]).view(-1)
+    def rows(self, blocks: Span, space: Scratch) -> Int[Tensor, " rows"]:
+        "The rows of `flat` that are these blocks; remembered for the next tensor that is read or written there."
+        if space.last[0] is not blocks:
+            size, index = self.shape[1], blocks.index.to(self.device)
+            head, block = index // self.blocks, index % self.blocks
+            tokens = torch.arange(0, size * self.heads, self.heads, device=self.device)
+            space.last = blocks, (tokens + (block * size * self.heads + head)[:, None]).view(-1)
+        return space.last[1]
 
 
 def read(space: Scratch, name: str, x: Tensor | Woven, blocks: Span, dtype: torch.dtype) -> Tensor:
     "Blocks `[t, k]` of `x` `[blocks, tokens, ...]` -> `[t, k * tokens, ...]`: a view if one stride describes them."
     size, *rest = x.shape[1:]
     if isinstance(x, Woven):
-        rows = x.rows(blocks.index)
+        rows = x.rows(blocks, space)
         found = torch.index_select(x.flat, 0, rows, out=space(name, (len(rows), *rest[1:]), x.dtype))
         found = found if dtype == x.dtype else space(name, found.shape, dtype).copy_(found)
         return found.view(blocks.t, blocks.k * size, *rest)
@@ -311,8 +326,8 @@ Combine = Callable[[list[Tensor], list[Tensor]], None]
 
 
 def collect(
-    targets: Sequence[Tensor | Woven], wide: list[torch.dtype], p: Portion, results: Iterator[Sequence[Tensor]], combine: Combine,
-    empty: tuple[float, float], space: Scratch,
+    targets: Sequence[Tensor | Woven], wide: list[torch.dtype], p: Portion, results: Iterator[Sequence[Tensor]],
+    combine: Combine, empty: tuple[float, float], space: Scratch,
 ) -> None:  # fmt: skip
     "Store or combine the results of a portion's batches, `[t, rows * tokens, ...]`, and leave them in the targets."
     run, index = p.rows.run, p.rows.index.to(targets[0].device)
@@ -339,7 +354,7 @@ def collect(
             part.index_fill_(0, p.empty.to(part.device), value)
     for target, part in zip(targets, () if direct else parts):
         if isinstance(target, Woven):
-            target.flat.index_copy_(0, target.rows(index), part.to(target.dtype).view(-1, *target.shape[3:]))
+            target.flat.index_copy_(0, target.rows(p.rows, space), part.to(target.dtype).view(-1, *target.shape[3:]))
         elif run is not None:
             target[run].copy_(part)
         else:
@@ -352,9 +367,11 @@ def forward_head(
     "Leave merged out and lse in `out` and `lse`."
 
     def results(p: Portion) -> Iterator[Sequence[Tensor]]:
+        last = None
         for b in p.batches:
-            tensors = (("q", q, b.rows), ("k", k, b.cols), ("v", v, b.cols))
-            gq, gk, gv = (read(w.space, name, x, blocks, x.dtype) for name, x, blocks in tensors)
+            if b.rows is not last:
+                last, gq = b.rows, read(w.space, "q", q, b.rows, q.dtype)
+            gk, gv = (read(w.space, name, x, b.cols, x.dtype) for name, x in (("k", k), ("v", v)))
             yield attend_forward(gq, gk, gv, b.is_causal, w.padding(b.cols), w.scale, w.backend)
 
     def combine(old: list[Tensor], new: list[Tensor]) -> None:
@@ -462,6 +479,8 @@ def _jobs(
     hidden = None if mask is None else ~_blocks(~mask, size)
     if hidden is not None and strung:
         hidden = hidden.repeat(1, h, 1)
+    half = q.element_size() == 2 and not swapped
+    joint = _ONE_CALL // size**2 if name == "flash" and q.device.type == "cpu" else 0  # blocks of a masked call
     for b in range(len(q)):
         own = None if hidden is None else hidden[b]
         w = Work(name, scale, space, own, None if own is None else own.any(1).cpu().numpy())
@@ -469,7 +488,7 @@ def _jobs(
             make = _small_plan if sum(lists.index.size for lists in chain) < 2**20 else plan
             room = _room(q, heads.stop - heads.start, size)
             past, cols = (nk - nq) // size, -(-nk // size)
-            yield b, heads, make(chain, past, cols, is_causal, swapped, max(1, _GROUP // size), room), w
+            yield b, heads, make(chain, past, cols, is_causal, swapped, max(1, _GROUP // size), room, half, joint), w
 
 
 def _repeated(q: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -513,9 +532,11 @@ def sparse_forward_op(
     if strung and _often(num, bk.shape[1]):
         bk, bv = _string(bk), _string(bv)
     out, lse = q.new_empty(bq.shape), q.new_empty(bq.shape[:-1], dtype=_wide(q))
+    lse = lse.new_empty(_string(lse).shape) if strung else lse
     with _tf32(use_tf32, q):
         for b, h, portions, work in _jobs(q, k, mask, num, index, size, is_causal, scale, backend, False, strung):
             forward_head(*(_head(x, b, h, strung) for x in (out, lse, bq, bk, bv)), portions, work)
+    lse = _unstring(lse, q.shape[2]) if strung else lse
     return out.flatten(1, 2)[:, :n].contiguous(), lse.flatten(1, 2)[:, :n].contiguous()
 
 
@@ -528,9 +549,10 @@ def sparse_backward_op(
     given, (k, v), strung = k, _repeated(q, k, v), _irregular(num, index)
     do, bq, bk, bv, o, l = (_blocks(x, size) for x in (dout, q, k, v, out, lse))
     dk, dv = q.new_empty(bk.shape), q.new_empty(bv.shape)
+    l = _string(l) if strung else l
     dq = q.new_zeros((_string(bq) if strung else bq).shape, dtype=_wide(q))
     if strung and _often(num, bq.shape[1]):
-        do, bq, o, l = (_string(x) for x in (do, bq, o, l))
+        do, bq, o = (_string(x) for x in (do, bq, o))
     with _tf32(use_tf32, q):
         for b, h, portions, work in _jobs(q, k, mask, num, index, size, is_causal, scale, backend, True, strung):
             given_ = (_head(x, b, h, strung) for x in (dk, dv, do, bq, bk, bv, o, l))

@@ -525,12 +525,12 @@ def test_a_plan_computes_every_block_once(seed, rows, past, density, swapped):
     keep = keep | keep.roll(1, 2) if seed % 2 else keep
     made = BlockPattern.from_dense(keep, 16, (16 * rows, 16 * cols))
     lists = block_sparse.Lists(made.kv_num_blocks[0, 0].numpy().astype(int), made.kv_indices[0, 0].numpy())
-    for is_causal in (False, True):
+    for is_causal, joint in ((False, 0), (True, 0), (True, 4)):
         seen = np.zeros((rows, cols), int)
-        for p in block_sparse.plan((lists,), past, cols, is_causal, swapped, 8, 16):
+        for p in block_sparse.plan((lists,), past, cols, is_causal, swapped, 8, 16, False, joint):
             for b in p.batches:
                 for r, c in zip(b.rows.blocks, b.cols.blocks):
-                    block = np.tri(len(r), dtype=int) if b.is_causal else 1
+                    block = np.tri(len(r), dtype=int) if b.is_causal and len(r) == len(c) else 1
                     seen[np.ix_(c, r) if swapped else np.ix_(r, c)] += block
         want = keep[0, 0].numpy()
         assert (seen == (want & np.tri(rows, cols, past, dtype=bool) if is_causal else want)).all()
