@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
-from dilated_attention_nb import block_patterns, block_sparse, testing
+from dilated_attention_nb import block_attention, block_patterns, block_plan, block_sparse, testing
 from dilated_attention_nb.block_patterns import BlockPattern, PatternCache, block_pattern
 from dilated_attention_nb.block_sparse import (
     BlockScorer,
@@ -524,10 +524,10 @@ def test_a_plan_computes_every_block_once(seed, rows, past, density, swapped):
     keep = torch.from_numpy(rng.random((1, 1, rows, cols)) < density)
     keep = keep | keep.roll(1, 2) if seed % 2 else keep
     made = BlockPattern.from_dense(keep, 16, (16 * rows, 16 * cols))
-    lists = block_sparse.Lists(made.kv_num_blocks[0, 0].numpy().astype(int), made.kv_indices[0, 0].numpy())
+    lists = block_plan.Lists(made.kv_num_blocks[0, 0].numpy().astype(int), made.kv_indices[0, 0].numpy())
     for is_causal, joint in ((False, 0), (True, 0), (True, 4)):
         seen = np.zeros((rows, cols), int)
-        for p in block_sparse.plan((lists,), past, cols, is_causal, swapped, 8, 16, False, joint):
+        for p in block_plan.plan((lists,), past, cols, is_causal, swapped, 8, 16, False, joint):
             for b in p.batches:
                 for r, c in zip(b.rows.blocks, b.cols.blocks):
                     block = np.tri(len(r), dtype=int) if b.is_causal and len(r) == len(c) else 1
@@ -538,11 +538,11 @@ def test_a_plan_computes_every_block_once(seed, rows, past, density, swapped):
 
 def test_plans_of_the_same_content_are_made_once():
     made = make_pattern("strided", 2048, True)
-    block_sparse._small_plan.cache_clear()
+    block_plan._small_plan.cache_clear()
     q, k, v = make_qkv(2, 2048, 4, 8)
     for pattern in (made, make_pattern("strided", 2048, True)):
         block_sparse_attention(q, k, v, pattern, is_causal=True)
-    assert block_sparse._small_plan.cache_info().misses == 1
+    assert block_plan._small_plan.cache_info().misses == 1
 
 
 # ---------------------------------------------------------------- compile, flex
@@ -564,7 +564,7 @@ def test_operators_keep_their_contract():
     made = make_pattern("random", 48)
     q, k, v = make_qkv(1, 48, 4, 8, requires_grad=True)
     arguments = (q, k, v, None, made.kv_num_blocks, made.kv_indices, 16, True, 0.3, "auto", True)
-    torch.library.opcheck(block_sparse.sparse_forward_op, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(block_attention.sparse_forward_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.slow
