@@ -261,7 +261,8 @@ def sparse_forward_op(
     lse = lse.new_empty(_string(lse).shape) if strung else lse
     with _tf32(use_tf32, q):
         for b, h, portions, work in _jobs(q, k, mask, num, index, size, is_causal, scale, backend, False, strung):
-            forward_head(*(_head(x, b, h, strung) for x in (out, lse, bq, bk, bv)), portions, work)
+            o, l, x, y, z = (_head(x, b, h, strung) for x in (out, lse, bq, bk, bv))
+            forward_head(o, l, x, y, z, portions, work)
     lse = _unstring(lse, q.shape[2]) if strung else lse
     return out.flatten(1, 2)[:, :n].contiguous(), lse.flatten(1, 2)[:, :n].contiguous()
 
@@ -281,8 +282,9 @@ def sparse_backward_op(
         do, bq, o = (_string(x) for x in (do, bq, o))
     with _tf32(use_tf32, q):
         for b, h, portions, work in _jobs(q, k, mask, num, index, size, is_causal, scale, backend, True, strung):
-            given_ = (_head(x, b, h, strung) for x in (dk, dv, do, bq, bk, bv, o, l))
-            backward_head(dq[b] if strung else dq[b, :, :, h], *given_, portions, work)
+            to_k, to_v, g, x, y, z, out_, lse_ = (_head(x, b, h, strung) for x in (dk, dv, do, bq, bk, bv, o, l))
+            to_q = dq[b] if strung else dq[b, :, :, h]
+            backward_head(to_q, to_k, to_v, g, x, y, z, out_, lse_, portions, work)
     sizes = ((_unstring(dq, q.shape[2]) if strung else dq, q.shape[1]), (dk, k.shape[1]), (dv, k.shape[1]))
     dq, dk, dv = (x.flatten(1, 2)[:, :n] for x, n in sizes)
     if given.shape[2] < q.shape[2]:

@@ -105,7 +105,8 @@ class Portion:
 
 def portion(rows: np.ndarray, parts: list[tuple[np.ndarray, np.ndarray, bool]]) -> Portion:
     "From parts `(places [t, r], cols [t, k], is_causal)`: what comes first to a place is stored, the rest combined."
-    filled, batches = np.zeros(len(rows), bool), []
+    filled = np.zeros(len(rows), bool)
+    batches: list[Batch] = []
     for places, cols, is_causal in parts:
         moves = []
         for flat, there in Span(places).runs():

@@ -17,9 +17,9 @@ from torch.nn.functional import dropout
 from dilated_attention_nb.block_attention import (
     _blocks,
     _repeated,
-    block_sparse_attention,  # noqa: F401
     sparse_forward_op,
 )
+from .block_attention import block_sparse_attention as block_sparse_attention
 from .block_patterns import BlockPattern, PatternCache, kept_blocks
 from dilated_attention_nb.config import (
     SparseAttentionConfig,
