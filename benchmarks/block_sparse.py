@@ -3,6 +3,7 @@
     python benchmarks/block_sparse.py                          all sections
     python benchmarks/block_sparse.py generation speed_8k      some of them
     python benchmarks/block_sparse.py --cpu-time speed_8k      one thread and its CPU time: for a machine that is shared
+    python benchmarks/block_sparse.py --only float32,causal speed_32k    some rows, merged with those that are stored
     python benchmarks/block_sparse.py --run runs/longnet error    on a trained demo model
 
 Every figure is a ratio of medians of runs that alternate within one process. Each section keeps its own device,
@@ -27,8 +28,24 @@ from torch import Tensor
 
 RESULTS = Path(__file__).with_name("block_sparse.json")
 H, D, BLOCK = 8, 64, 128
+DTYPES = torch.float32, torch.bfloat16
 STRUCTURED = ("local_window", "strided", "dilated_sparse")
 CLOCK = time.perf_counter
+ONLY: set[str] = set()  # words that choose rows of the sections of speed; none: all
+
+
+def wanted(dtype: torch.dtype, causal: bool, what: str) -> bool:
+    "Whether `ONLY` leaves these rows in: for each kind of word, one of those named, or none is."
+    kinds = {"float32", "bfloat16"}, {"causal", "full"}, {"forward", "forward+backward"}
+    chosen = str(dtype)[6:], "causal" if causal else "full", what
+    return all(not ONLY & kind or word in ONLY for kind, word in zip(kinds, chosen))
+
+
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    "A section with the rows of both, the newer ones where both have them; each row keeps its date."
+    names = ("n", "dtype", "causal", "pattern", "rho", "what")
+    rows = {tuple(row.get(name) for name in names): row for row in (*old.get("rows", ()), *new["rows"])}
+    return new | {"rows": list(rows.values())}
 
 
 def alternate(runs: dict[Any, Callable[[], Any]], repeats: int) -> dict[Any, float]:
@@ -48,18 +65,21 @@ def dense_attention(x: list[Tensor], causal: bool) -> Tensor:
     return torch.nn.functional.scaled_dot_product_attention(*swapped, is_causal=causal).transpose(1, 2)
 
 
-def speed(n: int, repeats: int, causals: tuple[bool, ...], what: tuple[str, ...]) -> dict[str, Any]:
+def speed(n: int, heads: int, repeats: dict[tuple[torch.dtype, str], int]) -> dict[str, Any]:
     "Sparse attention against dense `scaled_dot_product_attention`."
+    from dilated_attention_nb.block_attention import block_sparse_attention
     from dilated_attention_nb.block_patterns import block_pattern
-    from dilated_attention_nb.block_sparse import block_sparse_attention
 
     rows: list[dict[str, Any]] = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for causal in causals:
-            leaves = [torch.randn(1, n, H, D).to(dtype).requires_grad_() for _ in range(3)]
-            plain, dout = [x.detach() for x in leaves], torch.randn(1, n, H, D).to(dtype)
+    for dtype in DTYPES:
+        for causal in (False, True):
+            what = [w for w in ("forward", "forward+backward") if wanted(dtype, causal, w)]
+            if not what:
+                continue
+            leaves = [torch.randn(1, n, heads, D).to(dtype).requires_grad_() for _ in range(3)]
+            plain, dout = [x.detach() for x in leaves], torch.randn(1, n, heads, D).to(dtype)
             patterns = {
-                (name, rho): block_pattern(name, n, sparsity_ratio=rho, is_causal=causal, num_heads=H)
+                (name, rho): block_pattern(name, n, sparsity_ratio=rho, is_causal=causal, num_heads=heads)
                 for rho in (0.1, 0.25)
                 for name in (*STRUCTURED, "random")
             }
@@ -75,7 +95,7 @@ def speed(n: int, repeats: int, causals: tuple[bool, ...], what: tuple[str, ...]
                     runs[key] = timed(
                         lambda p=pattern, x=inputs, c=causal: block_sparse_attention(*x, p, is_causal=c)  # type: ignore[misc]
                     )
-                seconds = alternate(runs, repeats)
+                seconds = alternate(runs, repeats[dtype, which])
                 for (name, rho), pattern in patterns.items():
                     ratio, density = seconds[name, rho] / seconds["dense"], pattern.density
                     density = pattern.causal_density if causal else density
@@ -87,24 +107,27 @@ def speed(n: int, repeats: int, causals: tuple[bool, ...], what: tuple[str, ...]
                         "rho": rho,
                         "what": which,
                     }
-                    row |= {"x_rho": ratio / rho, "x_density": ratio / density, "density": density}
+                    row |= {"x_rho": ratio / rho, "x_density": ratio / density, "density": density, "heads": heads}
+                    row |= {"runs": repeats[dtype, which] or 1, "date": core.environment()["date"]}
                     rows.append(row | {"ms": seconds[name, rho] * 1e3, "dense_ms": seconds["dense"] * 1e3})
                     print(rows[-1], flush=True)
-    return {"heads": H, "head_dim": D, "block_size": BLOCK, "rows": rows}
+    return {"heads": heads, "head_dim": D, "block_size": BLOCK, "rows": rows}
 
 
 def speed_8k() -> dict[str, Any]:
-    return speed(8192, 3, (False, True), ("forward", "forward+backward"))
+    return speed(8192, H, {(dtype, w): 3 for dtype in DTYPES for w in ("forward", "forward+backward")})
 
 
 def speed_32k() -> dict[str, Any]:
-    return speed(32_768, 0, (False, True), ("forward", "forward+backward"))
+    "Two of the eight heads: each head costs the same, and dense attention of all of them takes minutes."
+    repeats = {(dtype, "forward"): 2 for dtype in DTYPES} | {(dtype, "forward+backward"): 0 for dtype in DTYPES}
+    return speed(32_768, 2, repeats)
 
 
 def density() -> dict[str, Any]:
     "Time against density, forward, n = 8192, float32."
+    from dilated_attention_nb.block_attention import block_sparse_attention
     from dilated_attention_nb.block_patterns import block_pattern
-    from dilated_attention_nb.block_sparse import block_sparse_attention
 
     n, rows = 8192, []
     x = [torch.randn(1, n, H, D) for _ in range(3)]
@@ -130,11 +153,11 @@ def density() -> dict[str, Any]:
 
 def flex() -> dict[str, Any]:
     "Inference against compiled FlexAttention with the same mask."
+    from dilated_attention_nb.block_attention import block_sparse_attention
     from dilated_attention_nb.block_patterns import block_pattern
-    from dilated_attention_nb.block_sparse import block_sparse_attention
 
     n, rows = 8192, []
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in DTYPES:
         x = [torch.randn(1, n, H, D).to(dtype) for _ in range(3)]
         for name in ("local_window", "random"):
             for causal in (False, True):
@@ -194,8 +217,8 @@ def generation() -> dict[str, Any]:
 
 def one_pass(n: int, dense: bool) -> None:
     "Forward and backward in a process of its own."
+    from dilated_attention_nb.block_attention import block_sparse_attention
     from dilated_attention_nb.block_patterns import block_pattern
-    from dilated_attention_nb.block_sparse import block_sparse_attention
 
     x = [torch.randn(1, n, 2, D).requires_grad_() for _ in range(3)]
     out = dense_attention(x, True) if dense else None
@@ -310,15 +333,21 @@ SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 def main() -> None:
-    global CLOCK, RUN
+    global CLOCK, ONLY, RUN
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS) + "; none: all")
     parser.add_argument(
         "--cpu-time", action="store_true", help="one thread, and its CPU time instead of the wall clock"
     )
+    parser.add_argument(
+        "--only", default="", help="words by comma, for speed_*: float32, bfloat16, causal, full, forward, ..."
+    )
     parser.add_argument("--run", default="", help="folder of a trained run; without it the section error is left out")
     args = parser.parse_args()
     RUN, chosen = args.run, args.sections or [name for name in SECTIONS if name != "error" or args.run]
+    ONLY = set(args.only.split(",")) - {""}
+    if unknown := ONLY - {"float32", "bfloat16", "causal", "full", "forward", "forward+backward"}:
+        parser.error(f"unknown words in --only: {', '.join(sorted(unknown))}")
     if unknown := set(chosen) - set(SECTIONS):
         parser.error(f"unknown section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
     if args.cpu_time:
@@ -328,6 +357,7 @@ def main() -> None:
         print(f"{name} ...", flush=True)
         result = core.environment() | {"clock": "CPU" if args.cpu_time else "wall"} | SECTIONS[name]()
         stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        result = merged(stored.get(name, {}), result) if ONLY and name.startswith("speed_") else result
         RESULTS.write_text(json.dumps(stored | {name: result}, indent=1) + "\n")
 
 

@@ -159,12 +159,16 @@ if TYPE_CHECKING:
         PatternCache as PatternCache,
         block_pattern as block_pattern,
     )
+    from dilated_attention_nb import block_plan as block_plan
+    from dilated_attention_nb import block_attention as block_attention
+    from dilated_attention_nb.block_attention import (
+        block_sparse_attention as block_sparse_attention,
+    )
     from dilated_attention_nb import block_sparse as block_sparse
     from dilated_attention_nb.block_sparse import (
         BlockScorer as BlockScorer,
         BlockSparseAttention as BlockSparseAttention,
         block_shares as block_shares,
-        block_sparse_attention as block_sparse_attention,
         pooled as pooled,
         scorer_loss as scorer_loss,
     )
@@ -424,11 +428,15 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "PatternCache",
         "block_pattern",
     ),
+    "block_plan": (
+    ),
+    "block_attention": (
+        "block_sparse_attention",
+    ),
     "block_sparse": (
         "BlockScorer",
         "BlockSparseAttention",
         "block_shares",
-        "block_sparse_attention",
         "pooled",
         "scorer_loss",
     ),

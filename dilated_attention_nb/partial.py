@@ -340,6 +340,21 @@ def _bias(mask: Tensor | None, q: Tensor) -> Tensor | None:
     return torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(mask, -inf)[:, None, None, :]
 
 
+_ONE_CALL = 2**17  # scores of a causal part with fewer queries than keys that are masked rather than cut in two
+
+
+def _joined(q: Tensor, k: Tensor, is_causal: bool, backend: str) -> bool:
+    "Whether one masked call of PyTorch's CPU kernel computes a causal part that isn't square."
+    small = q.shape[1] != k.shape[1] and q.shape[1] * k.shape[1] <= _ONE_CALL
+    return is_causal and small and backend == "flash" and q.device.type == "cpu"
+
+
+def _causal_bias(q: Tensor, k: Tensor, bias: Tensor | None) -> Float[Tensor, "b 1 n m"]:
+    "The bias that also hides later keys from queries that are the last, or, if there are more, begin with the first."
+    later = torch.full((q.shape[2], k.shape[2]), -inf, dtype=q.dtype).triu_(1 + max(0, k.shape[2] - q.shape[2]))
+    return later[None, None] if bias is None else later + bias
+
+
 def _keyless(mask: Tensor, nq: int, is_causal: bool) -> Bool[Tensor, "b n 1"]:
     "Rows all of whose keys are padding."
     seen = (~mask).cumsum(1)[..., None] if is_causal else (~mask).sum(1)[:, None, None].expand(-1, nq, -1)
@@ -361,8 +376,8 @@ def attend_forward(
     backend: str,  # as `resolve_backend` returned it
 ) -> tuple[Float[Tensor, "b n h d"], Float[Tensor, "b n h"]]:
     "`(out, lse)` of one part, unchecked; fused kernels record no gradient. Causal queries are the last `n` of `m`."
-    past = k.shape[1] - q.shape[1]
-    if is_causal and past:
+    past, joined = k.shape[1] - q.shape[1], _joined(q, k, is_causal, backend)
+    if is_causal and past and not joined:
         cuts = slice(0, past), slice(past, None)
         masks = [None if key_padding_mask is None else key_padding_mask[:, cut] for cut in cuts]
         old, new = (
@@ -371,10 +386,15 @@ def attend_forward(
         )
         return merge(*old, *new)
     q, k, v = (_rows_contiguous(x).transpose(1, 2) for x in (q, k, v))
-    out, lse = KERNELS[backend].forward(q, k, v, _bias(key_padding_mask, q), is_causal, scale)
+    bias = _bias(key_padding_mask, q)
+    bias = _causal_bias(q, k, bias) if joined else bias
+    out, lse = KERNELS[backend].forward(q, k, v, bias, is_causal and not joined, scale)
     out, lse = out.transpose(1, 2), lse.transpose(1, 2)
-    if key_padding_mask is not None:
-        empty = _keyless(key_padding_mask, q.shape[2], is_causal)
+    if key_padding_mask is not None and bias is not None:
+        if joined:
+            empty = (bias == -inf).all(3).transpose(1, 2)
+        else:
+            empty = _keyless(key_padding_mask, q.shape[2], is_causal)
         out, lse = out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, -inf)
     return out, lse
 
@@ -407,8 +427,8 @@ def attend_backward(
     backend: str,
 ) -> tuple[Float[Tensor, "b n h d"], Float[Tensor, "b m h d"], Float[Tensor, "b m h d"]]:  # dq, dk, dv
     "The share of one part in the gradient of the joint softmax. Sum dq over the parts of a row, dk and dv over rows."
-    past = k.shape[1] - q.shape[1]
-    if is_causal and past:
+    past, joined = k.shape[1] - q.shape[1], _joined(q, k, is_causal, backend)
+    if is_causal and past and not joined:
         cuts = slice(0, past), slice(past, None)
         masks = [None if key_padding_mask is None else key_padding_mask[:, cut] for cut in cuts]
         old, new = (
@@ -420,7 +440,9 @@ def attend_backward(
         lse = lse.masked_fill(lse == -inf, 0.0)
     dout, q, k, v, out = (_rows_contiguous(x).transpose(1, 2) for x in (dout, q, k, v, out))
     bias = _bias(key_padding_mask, q)
-    dq, dk, dv = KERNELS[backend].backward(dout, q, k, v, out, lse.transpose(1, 2), bias, is_causal, scale)
+    bias = _causal_bias(q, k, bias) if joined else bias
+    causal = is_causal and not joined
+    dq, dk, dv = KERNELS[backend].backward(dout, q, k, v, out, lse.transpose(1, 2), bias, causal, scale)
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 # %% ../nbs/05_partial.ipynb #d4698b53

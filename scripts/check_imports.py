@@ -29,9 +29,21 @@ ONLY = {
     "masking": {"config"},
     "partial": {"config", "masking"},
     "block_patterns": {"config", "plotting", "masking"},  # plotting: for BlockPattern.plot alone
-    "block_sparse": {"config", "masking", "partial", "block_patterns"},
+    "block_plan": set(),
+    "block_attention": {"config", "partial", "block_patterns", "block_plan"},
+    "block_sparse": {"config", "partial", "block_patterns", "block_attention"},
     "ring": {"config", "memory_pool", "masking", "partial"},
-    "block_sparse_ring": {"config", "memory_pool", "masking", "partial", "block_patterns", "block_sparse", "ring"},
+    "block_sparse_ring": {
+        "config",
+        "memory_pool",
+        "masking",
+        "partial",
+        "block_patterns",
+        "block_plan",
+        "block_attention",
+        "block_sparse",
+        "ring",
+    },
 }
 NOT = {"improved": {"dilated"}}
 # Every lesson may use these; exported code only where it is named here.

@@ -15,8 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from dilated_attention_nb import block_patterns, block_sparse, testing
+from dilated_attention_nb import block_attention, block_patterns, block_plan, block_sparse, partial, testing
 from dilated_attention_nb.block_patterns import BlockPattern, PatternCache, block_pattern
 from dilated_attention_nb.block_sparse import (
     BlockScorer,
@@ -449,6 +451,60 @@ def test_blocks_of_128_equal_the_oracle(name, dtype):
     held(q, k, v, block_pattern(name, 2048, sparsity_ratio=0.5, is_causal=True), True)
 
 
+@causal
+@pytest.mark.parametrize("ratio", [0.1, 0.3])  # blocks are read where they lie, and from a copy
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_strung_together_equal_the_oracle(is_causal, ratio, dtype):
+    n = 1000
+    made = block_pattern("random", n, block_size=32, sparsity_ratio=ratio, is_causal=is_causal, num_heads=2)
+    assert block_attention._irregular(made.kv_num_blocks, made.kv_indices)
+    assert block_attention._often(made.kv_num_blocks, made.cols) == (ratio == 0.3)
+    mask = torch.zeros(1, n, dtype=torch.bool)
+    mask[0, 300:420] = True
+    q, k, v = make_qkv(1, n, 2, 16, kv_heads=1, dtype=dtype)
+    held(q, k, v, made, is_causal)
+    held(q, k, v, made, is_causal, mask)
+
+
+@causal
+def test_a_row_of_blocks_may_be_one_masked_call_or_two(is_causal, monkeypatch):
+    made = make_pattern("random", 203, is_causal)
+    x = make_qkv(2, 203, 4, 8, dtype=torch.float64, requires_grad=True)
+    found = []
+    for limit in (2**17, 0):
+        for module in (partial, block_attention):
+            monkeypatch.setattr(module, "_ONE_CALL", limit)
+        out = block_sparse_attention(*x, made, is_causal=is_causal)
+        found.append((out, *torch.autograd.grad(out.square().sum(), x)))
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*found))
+
+
+class Largest(TorchDispatchMode):
+    "The number of elements of the largest tensor that any operation returns."
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        sizes = [x.untyped_storage().nbytes() // x.element_size() for x in tree_leaves(out) if isinstance(x, Tensor)]
+        self.size = max(self.size, *sizes, 0)
+        return out
+
+
+@pytest.mark.parametrize("name", ["local_window", "random"])
+def test_no_tensor_grows_with_the_square_of_the_length(name):
+    "Operators are opaque to the mode, so their insides are called as functions."
+    found = []
+    for n in (2048, 8192):
+        made = block_pattern(name, n, block_size=32, sparsity_ratio=256 / n, is_causal=True, num_heads=2)
+        x, lists = make_qkv(1, n, 2, 8), (made.kv_num_blocks, made.kv_indices, 32)
+        with Largest() as largest:
+            out, lse = block_attention.sparse_forward_op._init_fn(*x, None, *lists, True, 0.3, "auto", True)
+            block_attention.sparse_backward_op._init_fn(out, *x, out, lse, None, *lists, True, 0.3, "auto", True)
+        found.append(largest.size)
+    assert found[0] > 2048 * 2 * 8 - 1 and found[1] <= max(8192 * 2 * 8 * 8, 2**20) < 8192**2 // 8
+
+
 def test_all_blocks_are_dense_attention():
     q, k, v = make_qkv(2, 200, 4, 16)
     made = make_pattern("local_window", 200, ratio=1.0)
@@ -537,13 +593,13 @@ def test_a_plan_computes_every_block_once(seed, rows, past, density, swapped):
     keep = torch.from_numpy(rng.random((1, 1, rows, cols)) < density)
     keep = keep | keep.roll(1, 2) if seed % 2 else keep
     made = BlockPattern.from_dense(keep, 16, (16 * rows, 16 * cols))
-    lists = block_sparse.Lists(made.kv_num_blocks[0, 0].numpy().astype(int), made.kv_indices[0, 0].numpy())
-    for is_causal in (False, True):
+    lists = block_plan.Lists(made.kv_num_blocks[0, 0].numpy().astype(int), made.kv_indices[0, 0].numpy())
+    for is_causal, joint in ((False, 0), (True, 0), (True, 4)):
         seen = np.zeros((rows, cols), int)
-        for p in block_sparse.plan((lists,), past, cols, is_causal, swapped, 8, 16):
+        for p in block_plan.plan((lists,), past, cols, is_causal, swapped, 8, 16, False, joint):
             for b in p.batches:
                 for r, c in zip(b.rows.blocks, b.cols.blocks):
-                    block = np.tri(len(r), dtype=int) if b.is_causal else 1
+                    block = np.tri(len(r), dtype=int) if b.is_causal and len(r) == len(c) else 1
                     seen[np.ix_(c, r) if swapped else np.ix_(r, c)] += block
         want = keep[0, 0].numpy()
         assert (seen == (want & np.tri(rows, cols, past, dtype=bool) if is_causal else want)).all()
@@ -551,11 +607,11 @@ def test_a_plan_computes_every_block_once(seed, rows, past, density, swapped):
 
 def test_plans_of_the_same_content_are_made_once():
     made = make_pattern("strided", 2048, True)
-    block_sparse._small_plan.cache_clear()
+    block_plan._small_plan.cache_clear()
     q, k, v = make_qkv(2, 2048, 4, 8)
     for pattern in (made, make_pattern("strided", 2048, True)):
         block_sparse_attention(q, k, v, pattern, is_causal=True)
-    assert block_sparse._small_plan.cache_info().misses == 1
+    assert block_plan._small_plan.cache_info().misses == 1
 
 
 # ---------------------------------------------------------------- compile, flex
@@ -577,7 +633,7 @@ def test_operators_keep_their_contract():
     made = make_pattern("random", 48)
     q, k, v = make_qkv(1, 48, 4, 8, requires_grad=True)
     arguments = (q, k, v, None, made.kv_num_blocks, made.kv_indices, 16, True, 0.3, "auto", True)
-    torch.library.opcheck(block_sparse.sparse_forward_op, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(block_attention.sparse_forward_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.slow
