@@ -168,13 +168,27 @@ if TYPE_CHECKING:
         pooled as pooled,
         scorer_loss as scorer_loss,
     )
+    from dilated_attention_nb import sharding as sharding
+    from dilated_attention_nb.sharding import (
+        gather_sequence as gather_sequence,
+        shard_sequence as shard_sequence,
+        sharding_worker as sharding_worker,
+    )
+    from dilated_attention_nb import ring_moves as ring_moves
+    from dilated_attention_nb.ring_moves import (
+        Traffic as Traffic,
+    )
+    from dilated_attention_nb import ring_schedule as ring_schedule
+    from dilated_attention_nb import ring_layer as ring_layer
+    from dilated_attention_nb.ring_layer import (
+        RingLayer as RingLayer,
+    )
+    from dilated_attention_nb import ring_plan as ring_plan
+    from dilated_attention_nb import ring_tiles as ring_tiles
     from dilated_attention_nb import ring as ring
     from dilated_attention_nb.ring import (
         RingDilatedAttention as RingDilatedAttention,
-        Traffic as Traffic,
-        gather_sequence as gather_sequence,
         ring_worker as ring_worker,
-        shard_sequence as shard_sequence,
         simulate_ring as simulate_ring,
         traffic as traffic,
     )
@@ -431,12 +445,26 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "pooled",
         "scorer_loss",
     ),
+    "sharding": (
+        "gather_sequence",
+        "shard_sequence",
+        "sharding_worker",
+    ),
+    "ring_moves": (
+        "Traffic",
+    ),
+    "ring_schedule": (
+    ),
+    "ring_layer": (
+        "RingLayer",
+    ),
+    "ring_plan": (
+    ),
+    "ring_tiles": (
+    ),
     "ring": (
         "RingDilatedAttention",
-        "Traffic",
-        "gather_sequence",
         "ring_worker",
-        "shard_sequence",
         "simulate_ring",
         "traffic",
     ),
@@ -602,6 +630,7 @@ __all__ = [
     "RING_STRATEGIES",
     "RingAttentionConfig",
     "RingDilatedAttention",
+    "RingLayer",
     "Rotation",
     "SEPARATOR",
     "SKIPPED",
@@ -748,6 +777,7 @@ __all__ = [
     "saved_for_backward",
     "scorer_loss",
     "shard_sequence",
+    "sharding_worker",
     "shown",
     "simulate_ring",
     "smoothed",

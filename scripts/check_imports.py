@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "dilated_attention_nb"
 MAX_BYTES = 500_000
 
+RINGS = {"sharding", "ring_moves", "ring_schedule", "ring_layer"}
 # Exported code may import from every lower number, except where a room is kept narrower than that.
 ONLY = {
     "config": set(),
@@ -30,8 +31,14 @@ ONLY = {
     "partial": {"config", "masking"},
     "block_patterns": {"config", "plotting", "masking"},  # plotting: for BlockPattern.plot alone
     "block_sparse": {"config", "masking", "partial", "block_patterns"},
-    "ring": {"config", "memory_pool", "masking", "partial"},
-    "block_sparse_ring": {"config", "memory_pool", "masking", "partial", "block_patterns", "block_sparse", "ring"},
+    "sharding": {"config"},
+    "ring_moves": {"config", "sharding"},
+    "ring_schedule": {"config", "memory_pool", "sharding", "ring_moves"},
+    "ring_layer": {"config", "memory_pool", "partial", "sharding", "ring_moves", "ring_schedule"},
+    "ring_plan": {"config", "masking", "sharding", "ring_moves"},
+    "ring_tiles": {"config", "masking", "partial", "ring_plan"},
+    "ring": {"config", "masking", "partial", "memory_pool", *RINGS, "ring_plan", "ring_tiles"},
+    "block_sparse_ring": {"config", "masking", "partial", "memory_pool", *RINGS, "block_patterns", "block_sparse"},
 }
 NOT = {"improved": {"dilated"}}
 # Every lesson may use these; exported code only where it is named here.

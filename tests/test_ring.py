@@ -18,19 +18,13 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 
-from dilated_attention_nb import ring
 from dilated_attention_nb.config import RING_LAYOUTS, RING_STRATEGIES, RingAttentionConfig
 from dilated_attention_nb.improved import dilated_attention
 from dilated_attention_nb.memory_pool import UnifiedMemoryPool
-from dilated_attention_nb.ring import (
-    RingDilatedAttention,
-    Task,
-    gather_sequence,
-    ring_worker,
-    shard_sequence,
-    simulate_ring,
-    traffic,
-)
+from dilated_attention_nb.ring import RingDilatedAttention, ring_worker, simulate_ring, traffic
+from dilated_attention_nb.ring_moves import Traffic
+from dilated_attention_nb.ring_plan import Task, make_task
+from dilated_attention_nb.sharding import gather_sequence, shard_sequence
 from dilated_attention_nb.testing import (
     AttentionCase,
     _resident,
@@ -117,7 +111,7 @@ def test_portions_of_heads_change_nothing(case, ring_size, step, checkpointing, 
 def test_large_shares_are_cut():
     sizes = {}
     for dtype in (torch.float32, torch.bfloat16):
-        task = ring.make_task(config((2**16,), (1,)), 4, (1, 2**16, 8, 64), 4, False, True)
+        task = make_task(config((2**16,), (1,)), 4, (1, 2**16, 8, 64), 4, False, True)
         sizes[dtype] = [(one.first, one.last) for one in task.portions(torch.device("cpu"), dtype)]
     assert sizes[torch.float32] == [(0, 4)] and sizes[torch.bfloat16] == [(0, 1), (1, 2), (2, 3), (3, 4)]
 
@@ -175,7 +169,7 @@ def segment_bytes(w: int, r: int, h: int, d: int) -> int:
 
 
 def test_a_branch_inside_a_chunk_sends_nothing():
-    assert all(t == ring.Traffic(t.rank, 0, 0, 0, 0) for t in traffic(config((8, 16), (1, 2)), 64, 2, 8, ring_size=4))
+    assert all(t == Traffic(t.rank, 0, 0, 0, 0) for t in traffic(config((8, 16), (1, 2)), 64, 2, 8, ring_size=4))
     assert all(t.forward_sent == 0 for t in traffic(config((64,), (1,)), 64, 2, 8, ring_size=1))
     assert all(t.forward_sent > 0 for t in traffic(config((32,), (1,)), 64, 2, 8, ring_size=4))
 
