@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dilated_attention_nb import config as config
     from dilated_attention_nb.config import (
         BACKENDS as BACKENDS,
+        BlockSparseRingConfig as BlockSparseRingConfig,
         Config as Config,
         DISTRIBUTED_BACKENDS as DISTRIBUTED_BACKENDS,
         DilatedAttentionConfig as DilatedAttentionConfig,
@@ -192,6 +193,13 @@ if TYPE_CHECKING:
         simulate_ring as simulate_ring,
         traffic as traffic,
     )
+    from dilated_attention_nb import block_sparse_plan as block_sparse_plan
+    from dilated_attention_nb import block_sparse_ring as block_sparse_ring
+    from dilated_attention_nb.block_sparse_ring import (
+        BlockSparseRingDilatedAttention as BlockSparseRingDilatedAttention,
+        block_sparse_ring_worker as block_sparse_ring_worker,
+        block_sparse_traffic as block_sparse_traffic,
+    )
     from dilated_attention_nb import multihead as multihead
     from dilated_attention_nb.multihead import (
         ATTENTIONS as ATTENTIONS,
@@ -301,6 +309,7 @@ if TYPE_CHECKING:
 _NAMES: dict[str, tuple[str, ...]] = {
     "config": (
         "BACKENDS",
+        "BlockSparseRingConfig",
         "Config",
         "DISTRIBUTED_BACKENDS",
         "DilatedAttentionConfig",
@@ -468,6 +477,13 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "simulate_ring",
         "traffic",
     ),
+    "block_sparse_plan": (
+    ),
+    "block_sparse_ring": (
+        "BlockSparseRingDilatedAttention",
+        "block_sparse_ring_worker",
+        "block_sparse_traffic",
+    ),
     "multihead": (
         "ATTENTIONS",
         "CONFIGS",
@@ -581,6 +597,8 @@ __all__ = [
     "BlockPattern",
     "BlockScorer",
     "BlockSparseAttention",
+    "BlockSparseRingConfig",
+    "BlockSparseRingDilatedAttention",
     "CONFIGS",
     "Config",
     "Corpus",
@@ -661,6 +679,8 @@ __all__ = [
     "block_pattern",
     "block_shares",
     "block_sparse_attention",
+    "block_sparse_ring_worker",
+    "block_sparse_traffic",
     "branch_heads",
     "branch_mask",
     "branches_of_head",

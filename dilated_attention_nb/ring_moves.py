@@ -48,8 +48,8 @@ class Call:
         cuts = range(0, self.kv_heads, step)
         return tuple(replace(self, first=a, last=min(a + step, self.kv_heads)) for a in cuts)
 
-# %% ../nbs/08c_ring_moves.ipynb #9ae4b2bd
-@dataclass(frozen=True)
+# %% ../nbs/08c_ring_moves.ipynb #0ac8e142
+@dataclass(frozen=True, eq=False)
 class Parcel:
     "Keys and values that their owner sends to others; kinds of rings say which."
 

@@ -38,7 +38,14 @@ ONLY = {
     "ring_plan": {"config", "masking", "sharding", "ring_moves"},
     "ring_tiles": {"config", "masking", "partial", "ring_plan"},
     "ring": {"config", "masking", "partial", "memory_pool", *RINGS, "ring_plan", "ring_tiles"},
-    "block_sparse_ring": {"config", "masking", "partial", "memory_pool", *RINGS, "block_patterns", "block_sparse"},
+    "block_sparse_plan": {"config", "masking", "sharding", "ring_moves", "block_patterns"},
+    "block_sparse_ring": {
+        *("config", "masking", "partial", "memory_pool"),
+        *RINGS,
+        "block_patterns",
+        "block_sparse",
+        "block_sparse_plan",
+    },
 }
 NOT = {"improved": {"dilated"}}
 # Every lesson may use these; exported code only where it is named here.
