@@ -22,6 +22,7 @@ from .ring_moves import Call, Move, Parcel, Plan, journey
 class SparseTask(Call):
     "A call of block-sparse attention."
 
+    temporaries = 8  # results of the tiles, beside sums
     block_size: int
     pattern: tuple[Any, ...]  # what it is made from
 
@@ -136,7 +137,7 @@ class Job:
 def make_job(
     task: SparseTask, chunk: int, heads: slice, first: int, rows: Tensor, index: Tensor, kept: Tensor, at: Tensor
 ) -> Job | None:
-    "From what rows (blocks `rows`, the first of them the rank's block `first`) see, and the place of each block, or -1."
+    "From what rows (blocks `rows`, from the rank's block `first` on) see, and the place of each block, or -1."
     place = at[index]
     kept = kept & (place >= 0)
     any_ = kept.any(2).any(0).nonzero()[:, 0]

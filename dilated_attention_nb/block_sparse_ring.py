@@ -24,7 +24,7 @@ from .ring_moves import Traffic
 from .ring_schedule import Schedule
 from .sharding import Placement, check_split
 
-# %% ../nbs/10_block_sparse_ring.ipynb #8ac77428
+# %% ../nbs/10_block_sparse_ring.ipynb #d72fbb4d
 class SparseWorker(Schedule):
     "The share of one rank in one call."
 
@@ -84,17 +84,15 @@ class SparseWorker(Schedule):
             o, l = sparse_forward_op(q[at], k, v, mask, *self.lists(job, q.device, diagonal))
             merge_(out[at], lse[at], o.to(out.dtype), l)
 
-    def pull(
-        self, dq: Tensor, dkv: Sequence[Tensor], dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, k: Tensor, v: Tensor,
-        mask: Tensor | None, job: Job, owner: int,
-    ) -> None:  # fmt: skip
-        "Add what flows between a job's queries and these blocks."
+    def gradients(
+        self, dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, job: Job,
+        owner: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        "What flows between a job's queries and these blocks: dq of its rows, dk and dv of all that is at hand."
         at, diagonal = (slice(None), job.rows, job.heads), self.call.is_causal and owner == self.plan.rank
         with self.working(job, owner):
             tensors = dout[at], q[at], k, v, out[at], lse[at], mask
-            grads = sparse_backward_op(*tensors, *self.lists(job, q.device, diagonal))
-            for total, grad in zip((dq[at], *dkv), grads):
-                total.add_(grad)
+            return sparse_backward_op(*tensors, *self.lists(job, q.device, diagonal))
 
     def attend_own(self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         for job in self.plan.home:
@@ -110,8 +108,10 @@ class SparseWorker(Schedule):
         self, grads: list[Tensor], dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
         mask: Tensor | None,
     ) -> None:  # fmt: skip
-        for job in self.plan.home:
-            self.pull(grads[0], grads[1:], dout, q, out, lse, k, v, mask, job, self.plan.rank)
+        for job in self.plan.home:  # one, and the first to add anything: dk and dv are taken as they are
+            dq, *dkv = self.gradients(dout, q, out, lse, k, v, mask, job, self.plan.rank)
+            grads[1:] = [grad.to(lse.dtype) for grad in dkv]
+            grads[0][:, job.rows] += dq
 
     def pull_parcel(
         self, dq: Tensor, share: Tensor, dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, parcel: Blocks, flat: Tensor
@@ -120,7 +120,9 @@ class SparseWorker(Schedule):
         for i, job in self.plan.guests[parcel]:
             (_, (k, v), padding), (_, dkv, _) = parts[i], grads[i]
             hidden = None if padding is None else padding != 0
-            self.pull(dq, list(dkv), dout, q, out, lse, k, v, hidden, job, parcel.owner)
+            found = self.gradients(dout, q, out, lse, k, v, hidden, job, parcel.owner)
+            for total, grad in zip((dq[:, job.rows, job.heads], *dkv), found):
+                total += grad
 
 # %% ../nbs/10_block_sparse_ring.ipynb #a3d1a84c
 class BlockSparseRingDilatedAttention(RingLayer):
@@ -136,7 +138,7 @@ class BlockSparseRingDilatedAttention(RingLayer):
     def __init__(
         self,
         config: BlockSparseRingConfig,
-        group: dist.ProcessGroup | None = None,
+        group: "dist.ProcessGroup | None" = None,
         pool: UnifiedMemoryPool | None = None,  # lends buffers for messages; layers that take turns can share one
     ) -> None:
         super().__init__(config, group, pool)

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -20,7 +19,6 @@ from .ring_moves import Event, Traffic
 from .ring_plan import Block, StripPlan, Task, make_plan, make_task
 from .ring_schedule import Schedule
 from .ring_tiles import Guest, Own, Tiles
-from .sharding import gather_sequence, shard_sequence
 
 # %% ../nbs/09_ring.ipynb #220291ef
 class Worker(Schedule):

@@ -7,7 +7,6 @@ __all__ = ['RingLayer']
 
 # %% ../nbs/08e_ring_layer.ipynb #f16eb6d9
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -62,9 +61,9 @@ def bounded(cache: dict[Any, Any], size: int = 16) -> dict[Any, Any]:
 
 # %% ../nbs/08e_ring_layer.ipynb #11a55fd5
 class RingLayer(nn.Module):
-    """What layers share whose sequence is cut over a ring: `config.ring_size` consecutive ranks of `group`. No parameters.
+    """What layers share whose sequence is cut over a ring: `config.ring_size` consecutive ranks of `group`.
 
-    Every rank calls it with its share, as `shard_sequence` makes it. Without a process group, it is one device.
+    No parameters. Every rank calls it with its share, as `shard_sequence` makes it. Alone, it is one device.
     """
 
     config_type: ClassVar[type[Config]] = Config
@@ -72,7 +71,7 @@ class RingLayer(nn.Module):
     def __init__(
         self,
         config: Any,  # a config_type
-        group: dist.ProcessGroup | None = None,  # None: the default group; without one, this process alone
+        group: "dist.ProcessGroup | None" = None,  # None: the default group; without one, this process alone
         pool: UnifiedMemoryPool | None = None,  # lends buffers for messages; layers that take turns can share one
     ) -> None:
         super().__init__()

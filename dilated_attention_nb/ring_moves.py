@@ -8,7 +8,7 @@ __all__ = ['Traffic']
 # %% ../nbs/08c_ring_moves.ipynb #b6f6d18d
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class Call:
     is_causal: bool
     masked: bool  # with a key_padding_mask
     strategy: str
+    temporaries: ClassVar[int] = 1  # of the size of q, beside float32 sums
     first: int = field(default=0, kw_only=True)  # key/value head of a portion of heads
     last: int | None = field(default=None, kw_only=True)  # end of the portion, None: all heads
 
@@ -42,7 +43,7 @@ class Call:
 
     def portions(self: _C, device: torch.device, dtype: torch.dtype) -> tuple[_C, ...]:
         "The call for some heads after the other, so that their float32 sums stay small beside the tensors themselves."
-        size = 2**27 if device.type != "cpu" else 2**21 if dtype.itemsize <= 2 else 2**23
+        size = (2**27 if device.type != "cpu" else 2**21 if dtype.itemsize <= 2 else 2**23) // self.temporaries
         numbers = self.batch * self.place.n // self.place.ring_size * self.head_dim * (self.num_heads // self.kv_heads)
         step = min(max(1, size // numbers), self.kv_heads)
         cuts = range(0, self.kv_heads, step)

@@ -101,7 +101,7 @@ _FACTS = 4096  # bytes
 class Ring:
     "The ranks of a ring: consecutive ranks of a process group. Without a process group it is this process alone."
 
-    def __init__(self, group: dist.ProcessGroup | None = None, ring_size: int | None = None) -> None:
+    def __init__(self, group: "dist.ProcessGroup | None" = None, ring_size: int | None = None) -> None:
         ready = dist.is_available() and dist.is_initialized()
         self.group = group or (dist.group.WORLD if ready else None)
         world, me = (dist.get_world_size(self.group), dist.get_rank(self.group)) if self.group else (1, 0)
@@ -205,7 +205,7 @@ class Gather(torch.autograd.Function):
 # %% ../nbs/08b_sharding.ipynb #2f0c2b4a
 def shard_sequence(
     x: Float[Tensor, "b n *rest"],  # of any dtype; the same on all ranks of a ring
-    group: dist.ProcessGroup | None = None,
+    group: "dist.ProcessGroup | None" = None,
     layout: str = "contiguous",  # or "zigzag"
     ring_size: int | None = None,  # None: all of the group
 ) -> Float[Tensor, "b m *rest"]:
@@ -221,7 +221,7 @@ def shard_sequence(
 
 def gather_sequence(
     x: Float[Tensor, "b m *rest"],  # of any dtype
-    group: dist.ProcessGroup | None = None,
+    group: "dist.ProcessGroup | None" = None,
     layout: str = "contiguous",  # or "zigzag"
     ring_size: int | None = None,  # None: all of the group
 ) -> Float[Tensor, "b n *rest"]:

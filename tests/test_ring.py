@@ -18,12 +18,13 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 
-from dilated_attention_nb.config import RING_LAYOUTS, RING_STRATEGIES, RingAttentionConfig
+from dilated_attention_nb.block_sparse_ring import BlockSparseRingDilatedAttention
+from dilated_attention_nb.config import RING_LAYOUTS, RING_STRATEGIES, BlockSparseRingConfig, RingAttentionConfig
 from dilated_attention_nb.improved import dilated_attention
 from dilated_attention_nb.memory_pool import UnifiedMemoryPool
 from dilated_attention_nb.ring import RingDilatedAttention, ring_worker, simulate_ring, traffic
-from dilated_attention_nb.ring_moves import Traffic
-from dilated_attention_nb.ring_plan import Task, make_task
+from dilated_attention_nb.ring_moves import Call, Traffic
+from dilated_attention_nb.ring_plan import make_task
 from dilated_attention_nb.sharding import gather_sequence, shard_sequence
 from dilated_attention_nb.testing import (
     AttentionCase,
@@ -80,17 +81,17 @@ def test_any_configuration_equals_the_oracle(case, ring_size, layout, strategy, 
 @contextmanager
 def heads_at_a_time(step: int):
     "Small inputs in portions, as large ones are."
-    cut = Task.portions
+    cut = Call.portions
 
     def portions(task, *_):
         firsts = range(0, task.kv_heads, step)
         return tuple(replace(task, first=a, last=min(a + step, task.kv_heads)) for a in firsts)
 
-    Task.portions = portions
+    Call.portions = portions
     try:
         yield
     finally:
-        Task.portions = cut
+        Call.portions = cut
 
 
 @settings(max_examples=50)
@@ -566,7 +567,7 @@ def test_eight_ranks():
 # ---------------------------------------------------------------- when a process fails
 
 
-def failing(rank: int, world: int, store: str, how: str, strategy: str, where: str) -> str:
+def failing(rank: int, world: int, store: str, how: str, strategy: str, where: str, kind: str = "dilated") -> str:
     "Rank 1 dies or stalls in a group with a time-out of two seconds; what the others say, and after how long."
     os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     patience = timedelta(seconds=2)
@@ -575,7 +576,11 @@ def failing(rank: int, world: int, store: str, how: str, strategy: str, where: s
     )
     dist.barrier()  # all have started
     group = dist.new_group(list(range(world)), timeout=patience)
-    layer = RingDilatedAttention(config((48,), (1,), strategy=strategy), group)
+    if kind == "sparse":
+        sparse = BlockSparseRingConfig((48,), (1,), pattern_type="random", block_size=16, strategy=strategy)
+        layer = BlockSparseRingDilatedAttention(replace(sparse, sparsity_ratio=1.0), group)
+    else:
+        layer = RingDilatedAttention(config((48,), (1,), strategy=strategy), group)
     q, k, v = (shard_sequence(x, group).requires_grad_() for x in make_qkv(1, 48, 2, 8))
     out = layer(q, k, v)
     begin = time.monotonic()
@@ -594,27 +599,32 @@ def failing(rank: int, world: int, store: str, how: str, strategy: str, where: s
     return "nothing happened"
 
 
-@pytest.mark.parametrize(
-    ("how", "strategy", "where"),
-    [("die", "ring", "forward"), ("stall", "gather", "backward")],
-)
-def test_a_rank_that_fails_is_named(tmp_path, how, strategy, where):
+def said_by_three(tmp_path, *args: str) -> list[str]:
+    "What three processes print that run `failing`."
     code = "import sys, os; from test_ring import failing; a = sys.argv; print(failing(int(a[1]), 3, *a[2:])); "
     code += "sys.stdout.flush(); os._exit(0)"  # threads of a broken group must not keep the process
     paths = os.pathsep.join([os.path.dirname(__file__), *(p or os.getcwd() for p in sys.path)])
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", code, str(rank), str(tmp_path / "store"), how, strategy, where],
+            [sys.executable, "-c", code, str(rank), str(tmp_path / "store"), *args],
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, "PYTHONPATH": paths},
         )
         for rank in range(3)
     ]  # fmt: skip
     try:
-        said = [process.communicate(timeout=60)[0] for process in processes]
+        return [process.communicate(timeout=60)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
             process.wait()
+
+
+@pytest.mark.parametrize(
+    ("how", "strategy", "where"),
+    [("die", "ring", "forward"), ("stall", "gather", "backward")],
+)
+def test_a_rank_that_fails_is_named(tmp_path, how, strategy, where):
+    said = said_by_three(tmp_path, how, strategy, where)
     for rank in (0, 2):
         assert f"ring attention, {where}, step 1" in said[rank] and "rank 1 failed" in said[rank], said
         assert float(said[rank].split(" s")[0]) < (2 if how == "die" else 4)
