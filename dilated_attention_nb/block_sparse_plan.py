@@ -120,7 +120,7 @@ def make_moves(task: SparseTask, needs: Sequence[Tensor], rank: int) -> list[Mov
                 found += journey(parcel, (receiver,), star, 1 if star else (receiver - owner) % size)
     return found
 
-# %% ../nbs/09b_block_sparse_plan.ipynb #98602289
+# %% ../nbs/09b_block_sparse_plan.ipynb #f76a7e4d
 @dataclass(frozen=True, eq=False)
 class Job:
     "Queries, and which of the blocks at hand they see."

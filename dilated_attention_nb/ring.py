@@ -19,6 +19,8 @@ from .ring_moves import Event, Traffic
 from .ring_plan import Block, StripPlan, Task, make_plan, make_task
 from .ring_schedule import Schedule
 from .ring_tiles import Guest, Own, Tiles
+from .sharding import gather_sequence as gather_sequence  # to be found here, too
+from .sharding import shard_sequence as shard_sequence
 
 # %% ../nbs/09_ring.ipynb #220291ef
 class Worker(Schedule):

@@ -79,7 +79,7 @@ def padding(n: int, batch: int = 2) -> torch.Tensor:
 # ---------------------------------------------------------------- in one process
 
 
-@settings(max_examples=60)
+@settings(max_examples=50)
 @given(
     st.data(), st.sampled_from(FIXED), st.integers(1, 5), st.integers(1, 3), st.sampled_from(RING_LAYOUTS),
     st.sampled_from(RING_STRATEGIES), st.booleans(), st.booleans(), st.booleans(),
@@ -149,7 +149,7 @@ def test_without_checkpointing_the_received_blocks_are_saved():
         layer = BlockSparseRingDilatedAttention(config("local_window", use_checkpointing=again))
         sizes[again] = saved_for_backward(lambda q, k, v, x=layer: x.simulate(q, k, v, 4), q, k, v).num_bytes
         found = layer.traffic(256, 2, 8, ring_size=4)
-        assert all((t.backward_sent == 2 * t.forward_sent) == again for t in found if t.forward_sent)
+        assert all(t.backward_sent == t.forward_received + again * t.forward_sent for t in found)  # float32 gradients
     assert sizes[False] - sizes[True] == sum(t.forward_received for t in found)
 
 
@@ -184,15 +184,15 @@ def test_each_needed_block_travels_once_and_nothing_else(kind, size, each, layou
 
 
 def test_empty_pairs_of_rank_and_block_cost_nothing():
-    "A causal window of as many tokens as a rank holds: one message, from the neighbour before, and none to rank 0."
-    c, n = config("local_window", sparsity_ratio=0.0625), 16 * 64
+    "A causal window of up to as many blocks as a rank holds, of few at the beginning: one message from the neighbour."
+    c, n = config("local_window", sparsity_ratio=0.125), 16 * 64
     layer = BlockSparseRingDilatedAttention(c)
     call = layer.make_call(8, (1, n, 2, 8), 2, False, True)
     (plans,) = layer.make_plans([call], range(8))
     for rank, plan in enumerate(plans):
         peers = {(m.sender, m.receiver) for m in plan.moves if not m.gradient}
-        assert peers <= {(rank - 1, rank), (rank, rank + 1)} and len(plan.guests) == (rank > 0)
-    assert layer.traffic(n, 2, 8, ring_size=8, is_causal=True)[0].forward_received == 0
+        assert peers <= {(rank - 1, rank), (rank, rank + 1)} and len(plan.guests) == (rank > 1)
+    assert [bool(t.forward_received) for t in layer.traffic(n, 2, 8, 8, is_causal=True)] == [False] * 2 + [True] * 6
     inside = replace(c, sparsity_ratio=1 / 64)  # only the diagonal
     assert all(t.forward_sent == t.backward_sent == 0 for t in block_sparse_traffic(inside, n, 2, 8, 8))
 
@@ -287,14 +287,14 @@ def parts(case: dict, n: int):
     return config(**options), (q, k, v, dout), causal, padding(n) if padded else None
 
 
-def many(rank: int, world: int, n: int) -> list[dict]:
+def many(rank: int, world: int, n: int, cases: list[dict] = CASES) -> list[dict]:
     "All cases, one after the other, in the same processes."
-    return [block_sparse_ring_worker(rank, world, *parts(case, n)) for case in CASES]
+    return [block_sparse_ring_worker(rank, world, *parts(case, n)) for case in cases]
 
 
-def held(results: list[list[dict]], n: int) -> None:
+def held(results: list[list[dict]], n: int, cases: list[dict] = CASES) -> None:
     "Every rank has the same whole, and it is that of one device."
-    for i, case in enumerate(CASES):
+    for i, case in enumerate(cases):
         c, (*inputs, _), causal, mask = parts(case, n)
         expected = with_gradients(alone, *inputs, c, causal, mask)
         for found in results:
@@ -302,10 +302,10 @@ def held(results: list[list[dict]], n: int) -> None:
             assert_equal((found[i]["out"], *found[i]["grads"]), expected, tolerance)
 
 
-def bytes_sent(rank: int, world: int, n: int) -> list[tuple[int, int]]:
+def bytes_sent(rank: int, world: int, n: int, cases: list[dict]) -> list[tuple[int, int]]:
     "Bytes of the forward and of the backward pass of each case."
     found = []
-    for case in CASES:
+    for case in cases:
         c, (*inputs, _), causal, mask = parts(case, n)
         layer = BlockSparseRingDilatedAttention(c)
         mask = None if mask is None else shard_sequence(mask, None, c.layout)
@@ -327,7 +327,7 @@ def predicted(case: dict, n: int, size: int) -> list[tuple[int, int]]:
 
 
 def steps(rank: int, world: int) -> dict:
-    "Two forwards, then two backwards; then fifty steps, and what they leave behind in a pool that hands out NaN."
+    "Two forwards, then two backwards; then twenty steps, and what they leave behind in a pool that hands out NaN."
     pool = Pool()
     layer = BlockSparseRingDilatedAttention(config("random", strategy="ring"), pool=pool)
     q, k, v = (shard_sequence(x).requires_grad_() for x in make_qkv(1, 256, 2, 8))
@@ -340,7 +340,7 @@ def steps(rank: int, world: int) -> dict:
     one, two = layer(q, k, v, True), layer(q, k, v, True)
     grads = [torch.autograd.grad(x.sum(), (q, k, v)) for x in (two, one)]
     same = all(torch.equal(a, b) for g in grads for a, b in zip(first, g))
-    for _ in range(50):
+    for _ in range(20):
         step()
     return {"same": same, "lent": lent + len(pool.lent), "fresh": pool.made - made, "memory": layer.memory_info()}
 
@@ -368,14 +368,14 @@ def differ(rank: int, world: int) -> list[str]:
 def four(rank: int, world: int) -> dict:
     "All that four processes are needed for, so that they start once."
     with heads_at_a_time(1):
-        cut = bytes_sent(rank, world, 384)
-    found = {"whole": many(rank, world, 384), "bytes": bytes_sent(rank, world, 384), "cut bytes": cut}
+        cut = bytes_sent(rank, world, 384, CASES[2:4])
+    found = {"whole": many(rank, world, 384), "bytes": bytes_sent(rank, world, 384, CASES), "cut bytes": cut}
     return found | {"steps": steps(rank, world), "differ": differ(rank, world), "heads": multihead(rank, world)}
 
 
-@pytest.mark.parametrize("world", (1, 2, 3))
-def test_one_two_and_three_ranks(world):
-    held(spawn_gloo(many, world, 192, timeout_s=120.0), 192)
+@pytest.mark.parametrize(("world", "cases"), [(1, CASES[:1]), (2, CASES), (3, CASES[1:5])])
+def test_one_two_and_three_ranks(world, cases):
+    held(spawn_gloo(many, world, 192, cases, timeout_s=120.0), 192, cases)
 
 
 def test_four_ranks():
@@ -383,7 +383,8 @@ def test_four_ranks():
     held([r["whole"] for r in results], 384)
     for i, case in enumerate(CASES):  # the bytes that left are those that were predicted
         assert [r["bytes"][i] for r in results] == predicted(case, 384, 4)
-        with heads_at_a_time(1):
+    with heads_at_a_time(1):
+        for i, case in enumerate(CASES[2:4]):
             assert [r["cut bytes"][i] for r in results] == predicted(case, 384, 4)
     for r in results:
         assert r["steps"]["same"] and r["steps"]["lent"] == r["steps"]["fresh"] == 0
