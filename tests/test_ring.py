@@ -262,6 +262,9 @@ def test_without_a_process_group_it_is_one_device():
     expected = dilated_attention(q, k, v, W, R, is_causal=True, mixing="softmax")
     torch.testing.assert_close(layer(q, k, v, True), expected)
     assert torch.equal(shard_sequence(q, layout="zigzag"), q) and torch.equal(gather_sequence(q), q)
+    assert layer.ring() is layer._ring and layer._plans
+    layer._ring.group = object()  # as if it had been used in another group: plans of that rank must not stay
+    assert layer.ring().group is None and not layer._plans
     twin = copy.deepcopy(layer)
     assert twin.config is layer.config and torch.equal(twin(q, k, v), layer(q, k, v))
     assert "softmax" in repr(layer)
