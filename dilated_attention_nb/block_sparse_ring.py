@@ -24,7 +24,7 @@ from .ring_moves import Traffic
 from .ring_schedule import Schedule
 from .sharding import Placement, check_split
 
-# %% ../nbs/10_block_sparse_ring.ipynb #d72fbb4d
+# %% ../nbs/10_block_sparse_ring.ipynb #d04becf6
 class SparseWorker(Schedule):
     "The share of one rank in one call."
 
@@ -66,9 +66,9 @@ class SparseWorker(Schedule):
                 blocks = total[:, :, part.kv_heads].unflatten(1, (-1, self.call.block_size))
                 blocks.index_add_(1, part.blocks.to(total.device), grad.unflatten(1, (-1, self.call.block_size)))
 
-    def lists(self, job: Job, device: torch.device, diagonal: bool) -> tuple[Any, ...]:
-        "The arguments of the tiles that say what is seen."
-        return job.num.to(device), job.index.to(device), self.call.block_size, diagonal, *self.how
+    def lists(self, job: Job, diagonal: bool) -> tuple[Any, ...]:
+        "The arguments of the tiles that say what is seen; lists are read on the host, wherever the tensors are."
+        return job.num, job.index, self.call.block_size, diagonal, *self.how
 
     def working(self, job: Job, owner: int) -> Any:
         "Recorded as the work of a job."
@@ -81,7 +81,7 @@ class SparseWorker(Schedule):
         "Merge what a job's queries find in these blocks."
         at, diagonal = (slice(None), job.rows, job.heads), self.call.is_causal and owner == self.plan.rank
         with self.working(job, owner):
-            o, l = sparse_forward_op(q[at], k, v, mask, *self.lists(job, q.device, diagonal))
+            o, l = sparse_forward_op(q[at], k, v, mask, *self.lists(job, diagonal))
             merge_(out[at], lse[at], o.to(out.dtype), l)
 
     def gradients(
@@ -92,7 +92,7 @@ class SparseWorker(Schedule):
         at, diagonal = (slice(None), job.rows, job.heads), self.call.is_causal and owner == self.plan.rank
         with self.working(job, owner):
             tensors = dout[at], q[at], k, v, out[at], lse[at], mask
-            return sparse_backward_op(*tensors, *self.lists(job, q.device, diagonal))
+            return sparse_backward_op(*tensors, *self.lists(job, diagonal))
 
     def attend_own(self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         for job in self.plan.home:

@@ -416,6 +416,12 @@ def others(rank: int, world: int) -> dict:
     return {"bytes": bytes_sent(rank, world, CASES), "steps": steps(rank, world), "differ": differ(rank, world)}
 
 
+def tensors() -> int:
+    "How many there are."
+    gc.collect()
+    return sum(isinstance(x, torch.Tensor) for x in gc.get_objects())
+
+
 def steps(rank: int, world: int) -> dict:
     "Two forwards, then two backwards; a pool; then 200 steps, and what they leave behind."
     pool = Pool()
@@ -441,15 +447,14 @@ def steps(rank: int, world: int) -> dict:
     del one, two, grads
     for _ in range(20):
         step()
-    gc.collect()
-    before = (_resident("VmRSS"), sum(isinstance(x, torch.Tensor) for x in gc.get_objects()))
+    tensors()  # a list of all objects there are: what it takes must not count as growth
+    before = tensors(), _resident("VmRSS")
     for _ in range(200):
         step()
-    gc.collect()
-    after = (_resident("VmRSS"), sum(isinstance(x, torch.Tensor) for x in gc.get_objects()))
+    after = tensors(), _resident("VmRSS")
     return {
         "same": same, "lent": lent + len(pool.lent), "fresh": pool.made - made, "chained": chained,
-        "grown": after[0] - before[0], "tensors": after[1] - before[1], "memory": layer.memory_info(),
+        "grown": after[1] - before[1], "tensors": after[0] - before[0], "memory": layer.memory_info(),
     }  # fmt: skip
 
 
