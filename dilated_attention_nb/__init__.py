@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dilated_attention_nb import config as config
     from dilated_attention_nb.config import (
         BACKENDS as BACKENDS,
+        BlockSparseRingConfig as BlockSparseRingConfig,
         Config as Config,
         DISTRIBUTED_BACKENDS as DISTRIBUTED_BACKENDS,
         DilatedAttentionConfig as DilatedAttentionConfig,
@@ -172,15 +173,36 @@ if TYPE_CHECKING:
         pooled as pooled,
         scorer_loss as scorer_loss,
     )
+    from dilated_attention_nb import sharding as sharding
+    from dilated_attention_nb.sharding import (
+        gather_sequence as gather_sequence,
+        shard_sequence as shard_sequence,
+        sharding_worker as sharding_worker,
+    )
+    from dilated_attention_nb import ring_moves as ring_moves
+    from dilated_attention_nb.ring_moves import (
+        Traffic as Traffic,
+    )
+    from dilated_attention_nb import ring_schedule as ring_schedule
+    from dilated_attention_nb import ring_layer as ring_layer
+    from dilated_attention_nb.ring_layer import (
+        RingLayer as RingLayer,
+    )
+    from dilated_attention_nb import ring_plan as ring_plan
+    from dilated_attention_nb import ring_tiles as ring_tiles
     from dilated_attention_nb import ring as ring
     from dilated_attention_nb.ring import (
         RingDilatedAttention as RingDilatedAttention,
-        Traffic as Traffic,
-        gather_sequence as gather_sequence,
         ring_worker as ring_worker,
-        shard_sequence as shard_sequence,
         simulate_ring as simulate_ring,
         traffic as traffic,
+    )
+    from dilated_attention_nb import block_sparse_plan as block_sparse_plan
+    from dilated_attention_nb import block_sparse_ring as block_sparse_ring
+    from dilated_attention_nb.block_sparse_ring import (
+        BlockSparseRingDilatedAttention as BlockSparseRingDilatedAttention,
+        block_sparse_ring_worker as block_sparse_ring_worker,
+        block_sparse_traffic as block_sparse_traffic,
     )
     from dilated_attention_nb import multihead as multihead
     from dilated_attention_nb.multihead import (
@@ -292,6 +314,7 @@ if TYPE_CHECKING:
 _NAMES: dict[str, tuple[str, ...]] = {
     "config": (
         "BACKENDS",
+        "BlockSparseRingConfig",
         "Config",
         "DISTRIBUTED_BACKENDS",
         "DilatedAttentionConfig",
@@ -440,14 +463,35 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "pooled",
         "scorer_loss",
     ),
+    "sharding": (
+        "gather_sequence",
+        "shard_sequence",
+        "sharding_worker",
+    ),
+    "ring_moves": (
+        "Traffic",
+    ),
+    "ring_schedule": (
+    ),
+    "ring_layer": (
+        "RingLayer",
+    ),
+    "ring_plan": (
+    ),
+    "ring_tiles": (
+    ),
     "ring": (
         "RingDilatedAttention",
-        "Traffic",
-        "gather_sequence",
         "ring_worker",
-        "shard_sequence",
         "simulate_ring",
         "traffic",
+    ),
+    "block_sparse_plan": (
+    ),
+    "block_sparse_ring": (
+        "BlockSparseRingDilatedAttention",
+        "block_sparse_ring_worker",
+        "block_sparse_traffic",
     ),
     "multihead": (
         "ATTENTIONS",
@@ -564,6 +608,8 @@ __all__ = [
     "BlockPattern",
     "BlockScorer",
     "BlockSparseAttention",
+    "BlockSparseRingConfig",
+    "BlockSparseRingDilatedAttention",
     "CONFIGS",
     "Config",
     "Corpus",
@@ -613,6 +659,7 @@ __all__ = [
     "RING_STRATEGIES",
     "RingAttentionConfig",
     "RingDilatedAttention",
+    "RingLayer",
     "Rotation",
     "SEPARATOR",
     "SKIPPED",
@@ -643,6 +690,8 @@ __all__ = [
     "block_pattern",
     "block_shares",
     "block_sparse_attention",
+    "block_sparse_ring_worker",
+    "block_sparse_traffic",
     "branch_heads",
     "branch_mask",
     "branches_of_head",
@@ -759,6 +808,7 @@ __all__ = [
     "saved_for_backward",
     "scorer_loss",
     "shard_sequence",
+    "sharding_worker",
     "shown",
     "simulate_ring",
     "smoothed",

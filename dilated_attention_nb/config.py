@@ -9,8 +9,8 @@ __all__ = ['MIXINGS', 'OFFSETS', 'RAGGED', 'BACKENDS', 'RING_STRATEGIES', 'RING_
            'check_flag', 'nearest', 'check_choice', 'check_ints', 'check_branches', 'check_heads', 'valid_lengths',
            'check_length', 'check_floats', 'check_alike', 'check_padding', 'check_qkv', 'check_device', 'check_dtype',
            'check_home', 'check_placement', 'Config', 'check_config', 'DilatedAttentionConfig', 'check_head_dim',
-           'check_kv_heads', 'MultiheadConfig', 'RingAttentionConfig', 'SparseAttentionConfig', 'DistributedConfig',
-           'MemoryPoolConfig']
+           'check_kv_heads', 'MultiheadConfig', 'RingAttentionConfig', 'SparseAttentionConfig', 'BlockSparseRingConfig',
+           'DistributedConfig', 'MemoryPoolConfig']
 
 # %% ../nbs/00_config.ipynb #3d0f6ed4
 import dataclasses
@@ -494,6 +494,26 @@ class SparseAttentionConfig(DilatedAttentionConfig):
         self._check(check_int, "head_dim")
         self._check(check_int, "seed", low=0)
         self._check(check_flag, "enable_adaptive")
+
+
+@dataclass(frozen=True)
+class BlockSparseRingConfig(SparseAttentionConfig):
+    "Block-sparse attention over a ring: the fields of both; `block_size` is the side of a block, patterns are fixed."
+
+    ring_size: int | None = None  # processes in the ring; None: all of the process group
+    use_checkpointing: bool = True  # fetch other processes' keys again in the backward pass instead of keeping them
+    strategy: str = "auto"  # from one rank after the other, from all at once, or whichever fits: one of RING_STRATEGIES
+    layout: str = "contiguous"  # which tokens a process holds: one of RING_LAYOUTS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check(check_int, "ring_size")
+        self._check(check_flag, "use_checkpointing")
+        self._check(check_choice, "strategy", choices=RING_STRATEGIES)
+        self._check(check_choice, "layout", choices=RING_LAYOUTS)
+        if self.pattern_type == "adaptive":
+            advice = "its blocks depend on the tokens of all ranks; take a fixed pattern"
+            raise ValueError(complaint("pattern_type", "not be 'adaptive' on a ring", "'adaptive'", advice))
 
 # %% ../nbs/00_config.ipynb #fb96cf72
 @dataclass(frozen=True)

@@ -10,18 +10,23 @@ __all__ = ['ATTENTIONS', 'CONFIGS', 'KINDS', 'LONGEST_WEIGHTS', 'resolve_kind', 
 import logging
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .block_sparse import BlockSparseAttention
+from .block_sparse_ring import BlockSparseRingDilatedAttention
 from dilated_attention_nb.config import (
+    BlockSparseRingConfig,
     Config,
     DilatedAttentionConfig,
     MultiheadConfig,
+    RingAttentionConfig,
     SparseAttentionConfig,
     check_choice,
     check_config,
@@ -33,6 +38,8 @@ from dilated_attention_nb.config import (
 )
 from .dilated import DilatedAttention
 from .improved import ImprovedDilatedAttention
+from .ring import RingDilatedAttention
+from .ring_layer import RingLayer
 
 # %% ../nbs/11_multihead.ipynb #b93db2c4
 _log = logging.getLogger(__name__)
@@ -41,10 +48,14 @@ ATTENTIONS: dict[str, Callable[..., nn.Module]] = {
     "standard": DilatedAttention,
     "improved": ImprovedDilatedAttention,
     "block_sparse": BlockSparseAttention,
+    "ring": RingDilatedAttention,
+    "block_sparse_ring": BlockSparseRingDilatedAttention,
 }
-CONFIGS: dict[str, type[DilatedAttentionConfig]] = {
-    "block_sparse": SparseAttentionConfig
-}  # of the other kinds: the base
+CONFIGS: dict[str, type[DilatedAttentionConfig]] = {  # of the other kinds: the base
+    "block_sparse": SparseAttentionConfig,
+    "ring": RingAttentionConfig,
+    "block_sparse_ring": BlockSparseRingConfig,
+}
 KINDS = ("auto", *ATTENTIONS)
 
 
@@ -54,6 +65,16 @@ def resolve_kind(kind: str) -> str:
         return kind
     _log.info("kind 'auto' is 'improved': the same function as 'standard', faster, and less is saved for backward")
     return "improved"
+
+
+def _builder(kind: str, group: "dist.ProcessGroup | None") -> Callable[..., nn.Module]:
+    "What builds a kind. Raises `ValueError` if a process group is given for a kind that has no use for one."
+    build = ATTENTIONS[resolve_kind(kind)]
+    if group is None:
+        return build
+    if not (isinstance(build, type) and issubclass(build, RingLayer)):
+        raise ValueError(complaint("group", f"be None for kind {kind!r}", "one", "take 'ring' or 'block_sparse_ring'"))
+    return partial(build, group=group)
 
 # %% ../nbs/11_multihead.ipynb #6739e95b
 def _owner(name: str, *configs: type[Config]) -> type[Config]:
@@ -72,11 +93,13 @@ def _completed(name: str, config: _C | None, cls: type[_C], values: dict[str, An
 
 def create_dilated_attention(
     kind: str = "auto",  # one of KINDS
-    config: DilatedAttentionConfig | None = None,
-    **values: Any,  # fields of the config (for "block_sparse": SparseAttentionConfig); they go before those of config
+    config: DilatedAttentionConfig | None = None,  # of the kind: see CONFIGS
+    *,
+    group: "dist.ProcessGroup | None" = None,  # for the rings; None: the default group
+    **values: Any,  # fields of the config of the kind; they go before those of config
 ) -> nn.Module:  # forward(q, k, v, is_causal=False, key_padding_mask=None)
     "Dilated attention of a kind. Raises `ValueError` or `TypeError` for an unknown kind or field, or a wrong value."
-    build, cls = ATTENTIONS[resolve_kind(kind)], CONFIGS.get(kind, DilatedAttentionConfig)
+    build, cls = _builder(kind, group), CONFIGS.get(kind, DilatedAttentionConfig)
     for name in values:
         _owner(name, cls)
     return build(_completed("config", config, cls, values))
@@ -200,6 +223,9 @@ class MultiheadDilatedAttention(nn.Module):
             return self.out_proj(out), None
         if cache is not None:
             raise ValueError(complaint("need_weights", "be False with a cache", True, "pass the sequence in one piece"))
+        if isinstance(self.attention, RingLayer) and self.attention.ring().size > 1:
+            rule = "be False on a ring of several ranks"
+            raise ValueError(complaint("need_weights", rule, True, "gather the sequence and ask one device"))
         weights = attention_weights(self.attention, q, k, is_causal, key_padding_mask)
         averaged = check_flag("average_attn_weights", average_attn_weights)
         return self.out_proj(out), weights.mean(1) if averaged else weights
@@ -233,7 +259,9 @@ class MultiheadDilatedAttention(nn.Module):
 def create_multihead_dilated_attention(
     kind: str = "auto",  # one of KINDS
     config: MultiheadConfig | None = None,
-    attention_config: DilatedAttentionConfig | None = None,
+    attention_config: DilatedAttentionConfig | None = None,  # of the kind: see CONFIGS
+    *,
+    group: "dist.ProcessGroup | None" = None,  # for the rings; None: the default group
     **values: Any,  # fields of either config; they go before those of the configs
 ) -> MultiheadDilatedAttention:
     "Multi-head dilated attention of a kind. Raises as `create_dilated_attention` does."
@@ -242,6 +270,5 @@ def create_multihead_dilated_attention(
     for name, value in values.items():
         of[_owner(name, *of)][name] = value
     attention = _completed("attention_config", attention_config, cls, of[cls])
-    return MultiheadDilatedAttention(
-        _completed("config", config, MultiheadConfig, of[MultiheadConfig]), attention, kind
-    )
+    heads = _completed("config", config, MultiheadConfig, of[MultiheadConfig])
+    return MultiheadDilatedAttention(heads, attention, _builder(kind, group))

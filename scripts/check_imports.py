@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "dilated_attention_nb"
 MAX_BYTES = 500_000
 
+RINGS = {"sharding", "ring_moves", "ring_schedule", "ring_layer"}
 # Exported code may import from every lower number, except where a room is kept narrower than that.
 ONLY = {
     "config": set(),
@@ -32,17 +33,21 @@ ONLY = {
     "block_plan": set(),
     "block_attention": {"config", "partial", "block_patterns", "block_plan"},
     "block_sparse": {"config", "partial", "block_patterns", "block_attention"},
-    "ring": {"config", "memory_pool", "masking", "partial"},
+    "sharding": {"config"},
+    "ring_moves": {"config", "sharding"},
+    "ring_schedule": {"config", "memory_pool", "sharding", "ring_moves"},
+    "ring_layer": {"config", "memory_pool", "partial", "sharding", "ring_moves", "ring_schedule"},
+    "ring_plan": {"config", "masking", "sharding", "ring_moves"},
+    "ring_tiles": {"config", "masking", "partial", "ring_plan"},
+    "ring": {"config", "masking", "partial", "memory_pool", *RINGS, "ring_plan", "ring_tiles"},
+    "block_sparse_plan": {"config", "masking", "sharding", "ring_moves", "block_patterns"},
     "block_sparse_ring": {
-        "config",
-        "memory_pool",
-        "masking",
-        "partial",
+        *("config", "masking", "partial", "memory_pool"),
+        *RINGS,
         "block_patterns",
-        "block_plan",
         "block_attention",
         "block_sparse",
-        "ring",
+        "block_sparse_plan",
     },
 }
 NOT = {"improved": {"dilated"}}

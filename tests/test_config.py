@@ -27,6 +27,7 @@ from dilated_attention_nb.config import (
     RING_LAYOUTS,
     RING_STRATEGIES,
     SPARSE_PATTERNS,
+    BlockSparseRingConfig,
     Config,
     DilatedAttentionConfig,
     DistributedConfig,
@@ -57,10 +58,11 @@ GOOD = {
     MultiheadConfig: {"embed_dim": 64, "num_heads": 8},
     RingAttentionConfig: BRANCHES,
     SparseAttentionConfig: BRANCHES,
+    BlockSparseRingConfig: BRANCHES,
     DistributedConfig: {},
     MemoryPoolConfig: {},
 }
-ATTENTION = (DilatedAttentionConfig, RingAttentionConfig, SparseAttentionConfig)
+ATTENTION = (DilatedAttentionConfig, RingAttentionConfig, SparseAttentionConfig, BlockSparseRingConfig)
 
 # field, bad value, error, what the message must also say
 BAD_ATTENTION = [
@@ -167,6 +169,11 @@ BAD = [(cls, *row) for cls in ATTENTION for row in BAD_ATTENTION] + [
     (SparseAttentionConfig, "enable_adaptive", None, TypeError, "NoneType"),
     (SparseAttentionConfig, "head_dim", 0, ValueError, "at least 1"),
     (SparseAttentionConfig, "seed", -1, ValueError, "at least 0"),
+    (BlockSparseRingConfig, "pattern_type", "adaptive", ValueError, "not be 'adaptive' on a ring"),
+    (BlockSparseRingConfig, "block_size", 100, ValueError, "use 112 or 96"),
+    (BlockSparseRingConfig, "ring_size", 0, ValueError, "at least 1"),
+    (BlockSparseRingConfig, "layout", "zig", ValueError, "did you mean 'zigzag'"),
+    (BlockSparseRingConfig, "strategy", None, TypeError, "NoneType"),
     (DistributedConfig, "world_size", 0, ValueError, "at least 1"),
     (DistributedConfig, "world_size", 2.0, TypeError, "float"),
     (DistributedConfig, "rank", 0, ValueError, "give both"),

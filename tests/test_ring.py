@@ -19,19 +19,14 @@ import torch.distributed as dist
 from conftest import drawn, peak_of_tensors
 from hypothesis import given
 
-from dilated_attention_nb import ring
-from dilated_attention_nb.config import RING_LAYOUTS, RING_STRATEGIES, RingAttentionConfig
+from dilated_attention_nb.block_sparse_ring import BlockSparseRingDilatedAttention
+from dilated_attention_nb.config import RING_LAYOUTS, RING_STRATEGIES, BlockSparseRingConfig, RingAttentionConfig
 from dilated_attention_nb.improved import dilated_attention
 from dilated_attention_nb.memory_pool import UnifiedMemoryPool
-from dilated_attention_nb.ring import (
-    RingDilatedAttention,
-    Task,
-    gather_sequence,
-    ring_worker,
-    shard_sequence,
-    simulate_ring,
-    traffic,
-)
+from dilated_attention_nb.ring import RingDilatedAttention, ring_worker, simulate_ring, traffic
+from dilated_attention_nb.ring_moves import Call, Traffic
+from dilated_attention_nb.ring_plan import make_task
+from dilated_attention_nb.sharding import gather_sequence, shard_sequence
 from dilated_attention_nb.testing import (
     AttentionCase,
     _resident,
@@ -87,17 +82,17 @@ def test_any_configuration_equals_the_oracle(case, ring_size, layout, strategy, 
 @contextmanager
 def heads_at_a_time(step: int):
     "Small inputs in portions, as large ones are."
-    cut = Task.portions
+    cut = Call.portions
 
     def portions(task, *_):
         firsts = range(0, task.kv_heads, step)
         return tuple(replace(task, first=a, last=min(a + step, task.kv_heads)) for a in firsts)
 
-    Task.portions = portions
+    Call.portions = portions
     try:
         yield
     finally:
-        Task.portions = cut
+        Call.portions = cut
 
 
 @drawn(50)
@@ -118,7 +113,7 @@ def test_portions_of_heads_change_nothing(case, ring_size, step, checkpointing, 
 def test_large_shares_are_cut():
     sizes = {}
     for dtype in (torch.float32, torch.bfloat16):
-        task = ring.make_task(config((2**16,), (1,)), 4, (1, 2**16, 8, 64), 4, False, True)
+        task = make_task(config((2**16,), (1,)), 4, (1, 2**16, 8, 64), 4, False, True)
         sizes[dtype] = [(one.first, one.last) for one in task.portions(torch.device("cpu"), dtype)]
     assert sizes[torch.float32] == [(0, 4)] and sizes[torch.bfloat16] == [(0, 1), (1, 2), (2, 3), (3, 4)]
 
@@ -176,7 +171,7 @@ def segment_bytes(w: int, r: int, h: int, d: int) -> int:
 
 
 def test_a_branch_inside_a_chunk_sends_nothing():
-    assert all(t == ring.Traffic(t.rank, 0, 0, 0, 0) for t in traffic(config((8, 16), (1, 2)), 64, 2, 8, ring_size=4))
+    assert all(t == Traffic(t.rank, 0, 0, 0, 0) for t in traffic(config((8, 16), (1, 2)), 64, 2, 8, ring_size=4))
     assert all(t.forward_sent == 0 for t in traffic(config((64,), (1,)), 64, 2, 8, ring_size=1))
     assert all(t.forward_sent > 0 for t in traffic(config((32,), (1,)), 64, 2, 8, ring_size=4))
 
@@ -268,6 +263,9 @@ def test_without_a_process_group_it_is_one_device():
     expected = dilated_attention(q, k, v, W, R, is_causal=True, mixing="softmax")
     torch.testing.assert_close(layer(q, k, v, True), expected)
     assert torch.equal(shard_sequence(q, layout="zigzag"), q) and torch.equal(gather_sequence(q), q)
+    assert layer.ring() is layer._ring and layer._plans
+    layer._ring.group = object()  # as if it had been used in another group: plans of that rank must not stay
+    assert layer.ring().group is None and not layer._plans
     twin = copy.deepcopy(layer)
     assert twin.config is layer.config and torch.equal(twin(q, k, v), layer(q, k, v))
     assert "softmax" in repr(layer)
@@ -419,6 +417,12 @@ def others(rank: int, world: int) -> dict:
     return {"bytes": bytes_sent(rank, world, CASES), "steps": steps(rank, world), "differ": differ(rank, world)}
 
 
+def tensors() -> int:
+    "How many there are."
+    gc.collect()
+    return sum(isinstance(x, torch.Tensor) for x in gc.get_objects())
+
+
 def steps(rank: int, world: int) -> dict:
     "Two forwards, then two backwards; a pool; then 200 steps, and what they leave behind."
     pool = Pool()
@@ -444,15 +448,14 @@ def steps(rank: int, world: int) -> dict:
     del one, two, grads
     for _ in range(20):
         step()
-    gc.collect()
-    before = (_resident("VmRSS"), sum(isinstance(x, torch.Tensor) for x in gc.get_objects()))
+    tensors()  # a list of all objects there are: what it takes must not count as growth
+    before = tensors(), _resident("VmRSS")
     for _ in range(200):
         step()
-    gc.collect()
-    after = (_resident("VmRSS"), sum(isinstance(x, torch.Tensor) for x in gc.get_objects()))
+    after = tensors(), _resident("VmRSS")
     return {
         "same": same, "lent": lent + len(pool.lent), "fresh": pool.made - made, "chained": chained,
-        "grown": after[0] - before[0], "tensors": after[1] - before[1], "memory": layer.memory_info(),
+        "grown": after[1] - before[1], "tensors": after[0] - before[0], "memory": layer.memory_info(),
     }  # fmt: skip
 
 
@@ -573,7 +576,7 @@ def test_eight_ranks():
 # ---------------------------------------------------------------- when a process fails
 
 
-def failing(rank: int, world: int, store: str, how: str, strategy: str, where: str) -> str:
+def failing(rank: int, world: int, store: str, how: str, strategy: str, where: str, kind: str = "dilated") -> str:
     "Rank 1 dies or stalls in a group with a time-out of two seconds; what the others say, and after how long."
     os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     patience = timedelta(seconds=2)
@@ -582,7 +585,11 @@ def failing(rank: int, world: int, store: str, how: str, strategy: str, where: s
     )
     dist.barrier()  # all have started
     group = dist.new_group(list(range(world)), timeout=patience)
-    layer = RingDilatedAttention(config((48,), (1,), strategy=strategy), group)
+    if kind == "sparse":
+        sparse = BlockSparseRingConfig((48,), (1,), pattern_type="random", block_size=16, strategy=strategy)
+        layer = BlockSparseRingDilatedAttention(replace(sparse, sparsity_ratio=1.0), group)
+    else:
+        layer = RingDilatedAttention(config((48,), (1,), strategy=strategy), group)
     q, k, v = (shard_sequence(x, group).requires_grad_() for x in make_qkv(1, 48, 2, 8))
     out = layer(q, k, v)
     begin = time.monotonic()
@@ -601,27 +608,32 @@ def failing(rank: int, world: int, store: str, how: str, strategy: str, where: s
     return "nothing happened"
 
 
-@pytest.mark.parametrize(
-    ("how", "strategy", "where"),
-    [("die", "ring", "forward"), ("stall", "gather", "backward")],
-)
-def test_a_rank_that_fails_is_named(tmp_path, how, strategy, where):
+def said_by_three(tmp_path, *args: str) -> list[str]:
+    "What three processes print that run `failing`."
     code = "import sys, os; from test_ring import failing; a = sys.argv; print(failing(int(a[1]), 3, *a[2:])); "
     code += "sys.stdout.flush(); os._exit(0)"  # threads of a broken group must not keep the process
     paths = os.pathsep.join([os.path.dirname(__file__), *(p or os.getcwd() for p in sys.path)])
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", code, str(rank), str(tmp_path / "store"), how, strategy, where],
+            [sys.executable, "-c", code, str(rank), str(tmp_path / "store"), *args],
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, "PYTHONPATH": paths},
         )
         for rank in range(3)
     ]  # fmt: skip
     try:
-        said = [process.communicate(timeout=60)[0] for process in processes]
+        return [process.communicate(timeout=60)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
             process.wait()
+
+
+@pytest.mark.parametrize(
+    ("how", "strategy", "where"),
+    [("die", "ring", "forward"), ("stall", "gather", "backward")],
+)
+def test_a_rank_that_fails_is_named(tmp_path, how, strategy, where):
+    said = said_by_three(tmp_path, how, strategy, where)
     for rank in (0, 2):
         assert f"ring attention, {where}, step 1" in said[rank] and "rank 1 failed" in said[rank], said
         assert float(said[rank].split(" s")[0]) < (2 if how == "die" else 4)
