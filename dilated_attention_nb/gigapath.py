@@ -23,7 +23,7 @@ from dilated_attention_nb.config import (
     check_positive,
     complaint,
 )
-from .longnet import LongNetConfig, LongNetEncoder, LongNetLayer
+from .longnet import LongNetConfig, LongNetEncoder
 
 # %% ../nbs/13b_gigapath.ipynb #a5a615c1
 def position_codes(
@@ -221,7 +221,7 @@ def attention_rollout(
     return share[:, 1:] / share[:, 1:].sum(1, keepdim=True)
 
 
-def _attended(layer: LongNetLayer, x: Float[Tensor, "b m e"], share: Float[Tensor, "b m"]) -> Float[Tensor, "b m"]:
+def _attended(layer: Any, x: Float[Tensor, "b m e"], share: Float[Tensor, "b m"]) -> Float[Tensor, "b m"]:
     "`share` times the layer's weights, the mean over its heads: a gradient with respect to the values."
     normed, attention = layer.self_attn_layer_norm(x), layer.self_attn
     q, k = (

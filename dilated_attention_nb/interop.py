@@ -65,8 +65,9 @@ class DilatedMHA(nn.MultiheadAttention):
         "As `nn.MultiheadAttention`. Raises `ValueError` or `TypeError` for what dilated attention can't do."
         for name, x in (("query", query), ("key", key), ("value", value)):
             if not isinstance(x, Tensor) or x.dim() not in (2, 3) or x.shape[-1] != self.embed_dim:
-                got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-                raise ValueError(complaint(name, f"be a tensor [batch, tokens, {self.embed_dim}]", got, "or one row"))
+                shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+                rule = f"be a tensor [batch, tokens, {self.embed_dim}] or [tokens, {self.embed_dim}]"
+                raise ValueError(complaint(name, rule, shape, "embed the tokens first"))
             check_home(name, x, self.in_proj_weight)
         turned, single = not self.batch_first and query.dim() == 3, query.dim() == 2
         inputs = [x.transpose(0, 1) if turned else x[None] if single else x for x in (query, key, value)]
@@ -81,8 +82,8 @@ class DilatedMHA(nn.MultiheadAttention):
         causal = is_causal or attn_mask is not None
         if attn_mask is not None and not _is_causal_mask(attn_mask, n):
             rule = f"be None or the causal mask of {n} tokens"
-            got = tuple(attn_mask.shape) if isinstance(attn_mask, Tensor) else type(attn_mask).__name__
-            raise ValueError(complaint("attn_mask", rule, got, "segments and grids say the rest"))
+            shape = tuple(attn_mask.shape) if isinstance(attn_mask, Tensor) else type(attn_mask).__name__
+            raise ValueError(complaint("attn_mask", rule, shape, "segments and grids say the rest"))
         biases = 3 * [None] if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         flat = [F.linear(x, *wb) for x, *wb in zip(inputs, self.in_proj_weight.chunk(3), biases)]
         q, k, v = (x.unflatten(2, (self.num_heads, -1)) for x in flat)
