@@ -234,11 +234,14 @@ if TYPE_CHECKING:
         rotate as rotate,
         token_losses as token_losses,
     )
+    from dilated_attention_nb import kv_cache as kv_cache
+    from dilated_attention_nb.kv_cache import (
+        DilatedKVCache as DilatedKVCache,
+        KVCache as KVCache,
+    )
     from dilated_attention_nb import decoding as decoding
     from dilated_attention_nb.decoding import (
-        DilatedKVCache as DilatedKVCache,
         JoinedCache as JoinedCache,
-        KVCache as KVCache,
         LongNetCache as LongNetCache,
         check_drawing as check_drawing,
         draw_tokens as draw_tokens,
@@ -246,17 +249,26 @@ if TYPE_CHECKING:
         kept_logits as kept_logits,
         kv_cache_bytes as kv_cache_bytes,
     )
+    from dilated_attention_nb import gigapath as gigapath
+    from dilated_attention_nb.gigapath import (
+        GigaPathConfig as GigaPathConfig,
+        GigaPathSlideEncoder as GigaPathSlideEncoder,
+        attention_rollout as attention_rollout,
+        position_codes as position_codes,
+        tile_cells as tile_cells,
+    )
+    from dilated_attention_nb import pretrained as pretrained
+    from dilated_attention_nb.pretrained import (
+        fill_exactly as fill_exactly,
+        from_pretrained as from_pretrained,
+        read_tensors as read_tensors,
+        save_pretrained as save_pretrained,
+    )
     from dilated_attention_nb import interop as interop
     from dilated_attention_nb.interop import (
         DilatedMHA as DilatedMHA,
-        GigaPathConfig as GigaPathConfig,
-        GigaPathSlideEncoder as GigaPathSlideEncoder,
-        from_pretrained as from_pretrained,
-        position_codes as position_codes,
         register_with_transformers as register_with_transformers,
         replace_attention as replace_attention,
-        save_pretrained as save_pretrained,
-        tile_cells as tile_cells,
     )
     from dilated_attention_nb import training as training
     from dilated_attention_nb.training import (
@@ -521,10 +533,12 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "rotate",
         "token_losses",
     ),
-    "decoding": (
+    "kv_cache": (
         "DilatedKVCache",
-        "JoinedCache",
         "KVCache",
+    ),
+    "decoding": (
+        "JoinedCache",
         "LongNetCache",
         "check_drawing",
         "draw_tokens",
@@ -532,16 +546,23 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "kept_logits",
         "kv_cache_bytes",
     ),
-    "interop": (
-        "DilatedMHA",
+    "gigapath": (
         "GigaPathConfig",
         "GigaPathSlideEncoder",
-        "from_pretrained",
+        "attention_rollout",
         "position_codes",
+        "tile_cells",
+    ),
+    "pretrained": (
+        "fill_exactly",
+        "from_pretrained",
+        "read_tensors",
+        "save_pretrained",
+    ),
+    "interop": (
+        "DilatedMHA",
         "register_with_transformers",
         "replace_attention",
-        "save_pretrained",
-        "tile_cells",
     ),
     "training": (
         "Corpus",
@@ -597,7 +618,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     ),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
-_COMPLETED: dict[str, tuple[str, ...]] = {"LongNet": ("decoding", "interop", "interop",), "LongNetEncoder": ("interop", "interop", "interop",), "GigaPathSlideEncoder": ("interop",)}  # classes that later modules give methods
+_COMPLETED: dict[str, tuple[str, ...]] = {"LongNet": ("decoding", "pretrained",), "LongNetEncoder": ("pretrained",), "GigaPathSlideEncoder": ("pretrained",)}  # classes that later modules give methods
 
 __all__ = [
     "__version__",
@@ -682,6 +703,7 @@ __all__ = [
     "attends",
     "attention_cases",
     "attention_counts",
+    "attention_rollout",
     "attention_weights",
     "autocast",
     "available_backends",
@@ -739,6 +761,7 @@ __all__ = [
     "draw_tokens",
     "error_budget",
     "fast_dtype",
+    "fill_exactly",
     "finest_branch",
     "finish",
     "forward_seconds",
@@ -794,6 +817,7 @@ __all__ = [
     "reached",
     "read_corpus",
     "read_metrics",
+    "read_tensors",
     "register_with_transformers",
     "replace_attention",
     "resolve_backend",

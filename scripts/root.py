@@ -129,7 +129,7 @@ def render(root: Path = ROOT) -> str:
     later: dict[str, tuple[str, ...]] = {}
     for module in names:
         for name in completed(root / package / f"{module}.py"):
-            later[name] = (*later.get(name, ()), module)
+            later[name] = tuple(dict.fromkeys((*later.get(name, ()), module)))
     exported = "".join(f'    "{name}",\n' for name in ["__version__", *sorted(n for ns in names.values() for n in ns)])
     return TEMPLATE.format(
         description=cfg["description"],

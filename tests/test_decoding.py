@@ -14,15 +14,14 @@ from hypothesis import strategies as st
 import dilated_attention_nb
 from dilated_attention_nb.config import MIXINGS, OFFSETS, DilatedAttentionConfig
 from dilated_attention_nb.decoding import (
-    DilatedKVCache,
     JoinedCache,
-    KVCache,
     LongNetCache,
     draw_tokens,
     generate,
     kept_logits,
     kv_cache_bytes,
 )
+from dilated_attention_nb.kv_cache import DilatedKVCache, KVCache
 from dilated_attention_nb.longnet import POSITIONS, LongNet, LongNetEncoder, longnet_125m, longnet_tiny
 from dilated_attention_nb.testing import _resident, check_against_oracle, make_qkv, oracle_counts, spawn_gloo
 from dilated_attention_nb.training import SEPARATOR, NgramEmbedding
@@ -186,6 +185,8 @@ BAD_CACHES = [
     (LongNetCache, (DilatedAttentionConfig((4,), (1,)),), "config"),
     (LongNetCache, (longnet_tiny(), 1, None, True), "max_seq_len"), (LongNetCache, (longnet_tiny(), 1, 8, 1), "full"),
     (LongNetCache, (longnet_tiny(), 0), "batch_size"), (JoinedCache, ([],), "parts"),
+    (JoinedCache, (2 * [LongNetCache(longnet_tiny())],), "be different caches"), (JoinedCache, ([1, 2],), "parts"),
+    (JoinedCache, (None,), "parts"),
     (kv_cache_bytes, (longnet_tiny(), 1, None, True), "max_seq_len"), (kv_cache_bytes, (8,), "config"),
 ]  # fmt: skip
 
@@ -194,6 +195,39 @@ BAD_CACHES = [
 def test_bad_caches_are_named(make, args, name):
     with pytest.raises((ValueError, TypeError), match=name):
         make(*args)
+
+
+BAD_PLACES = [
+    (dict(dtype=torch.int32), "dtype"), (dict(dtype=torch.complex64), "dtype"), (dict(dtype="float31"), "dtype"),
+    (dict(device="gpu"), "device"), (dict(device=0.5), "device"), (dict(backend="fast"), "backend"),
+    (dict(scale=0), "scale"), (dict(scale=math.nan), "scale"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "name"), BAD_PLACES)
+def test_bad_places_are_named(change, name):
+    config = DilatedAttentionConfig((4, 8), (1, 2))
+    for make in (lambda **v: KVCache(8, 4, 8, **v), lambda **v: DilatedKVCache(config, 4, 8, **v)):
+        with pytest.raises((ValueError, TypeError), match=name):
+            make(**change)
+
+
+def test_the_configs_dtype_and_device_count():
+    config = DilatedAttentionConfig((4, 8), (1, 2), dtype=torch.bfloat16, device="meta")
+    for cache in (DilatedKVCache(config, 4, 8), KVCache(8, 4, 8, config=config)):
+        assert cache.dtype == torch.bfloat16 and cache.device.type == "meta"
+    other = DilatedKVCache(config, 4, 8, dtype="float64", device="cpu")
+    assert other.dtype == torch.float64 and other.device.type == "cpu"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_strided_and_expanded_inputs(dtype):
+    config = DilatedAttentionConfig((4, 8), (1, 2), mixing="softmax")
+    q, k, v = make_qkv(2, 6, 4, 8, dtype=dtype)
+    k = k[:1].expand(2, -1, -1, -1)
+    strided = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in (q, v)]
+    for make in (lambda: KVCache(8, 4, 8, 2, dtype=dtype), lambda: DilatedKVCache(config, 4, 8, 2, dtype=dtype)):
+        assert torch.equal(make()(strided[0], k, strided[1]), make()(q, k.contiguous(), v))
 
 
 X = torch.zeros(2, 3, 4, 8)
@@ -375,7 +409,59 @@ def test_draws_follow_the_probabilities():
     assert (draw_tokens(chances.log().expand(50, 4), temperature=0) == 0).all()
 
 
+def test_extreme_temperatures_are_limits():
+    logits = torch.tensor([[0.1, 3.0, 2.0], [5e4, -5e4, 1.0]])
+    for temperature in (5e-324, 1e-45, 1e-30):
+        assert (draw_tokens(logits, temperature) == logits.argmax(-1)).all()
+        assert kept_logits(logits, temperature).softmax(-1).isfinite().all()
+    assert torch.allclose(kept_logits(logits[:1], 1e30).softmax(-1), torch.full((1, 3), 1 / 3))
+
+
+@pytest.mark.parametrize(
+    ("logits", "options", "message"),
+    [
+        (torch.full((2, 4), math.nan), {}, "finite largest value"),
+        (torch.full((2, 4), math.nan), dict(temperature=0), "finite largest value"),
+        (torch.full((2, 4), -math.inf), {}, "finite largest value"),
+        (torch.tensor([[0.0, math.inf]]), {}, "finite largest value"), (torch.zeros(4), {}, "have shape"),
+        (torch.zeros(1, 4), dict(top_k=0), "top_k"), (torch.zeros(1, 4), dict(top_p=0), "top_p"),
+    ],
+)  # fmt: skip
+def test_logits_to_draw_from_are_checked(logits, options, message):
+    with pytest.raises(ValueError, match=message):
+        draw_tokens(logits, **options)
+    for wrong in (dict(temperature=0), dict(top_k=0), dict(top_p=2)):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            kept_logits(torch.zeros(1, 4), **wrong)
+
+
+def test_a_model_that_is_not_finite_any_more_says_so():
+    model = make()
+    model.embed_tokens.weight.data.fill_(math.nan)
+    for temperature in (0, 1):
+        with pytest.raises(ValueError, match="finite largest value"):
+            model.generate(tokens(1, 5), 3, temperature=temperature)
+
+
+def test_only_a_language_model_writes():
+    for model in (LongNetEncoder(longnet_tiny()), None, torch.nn.Linear(2, 2)):
+        with pytest.raises(TypeError, match="model must be a LongNet"):
+            generate(model, tokens(1, 5), 3)
+
+
+@pytest.mark.parametrize("stop", [{3, 200}, range(100, 200), (7, 9), frozenset([5])])
+def test_stops_of_any_collection(stop):
+    model, prompt = make(), tokens(1, 20)
+    assert torch.equal(*(model.generate(prompt, 60, temperature=0, stop=s) for s in (stop, sorted(stop))))
+
+
 BAD_OPTIONS = [
+    (dict(stop=b"."), "stop must be tokens, not text"), (dict(stop=[[1]]), "stop"), (dict(seed=2**64), "seed"),
+    (dict(stop=torch.tensor([1])), "stop"), (dict(top_p=True), "top_p"), (dict(top_k=True), "top_k"),
+    (dict(prompt="text"), "prompt"), (dict(prompt=torch.zeros(2, 0, dtype=torch.long)), "prompt"),
+    (dict(prompt=torch.zeros(0, 3, dtype=torch.long)), "prompt"), (dict(prompt=torch.tensor(3)), "prompt"),
+    (dict(prompt=torch.tensor([3], dtype=torch.uint8)), "prompt"), (dict(temperature=math.inf), "temperature"),
+    (dict(max_new_tokens=True), "max_new_tokens"), (dict(stop="end"), "not text"),
     (dict(max_new_tokens=0), "max_new_tokens"), (dict(max_new_tokens=1.5), "max_new_tokens"),
     (dict(temperature=-0.1), "temperature"), (dict(temperature=math.nan), "temperature"),
     (dict(temperature="0"), "temperature"), (dict(top_k=0), "top_k"), (dict(top_k=2.0), "top_k"),

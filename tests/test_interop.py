@@ -16,6 +16,7 @@ from torch import nn
 
 import dilated_attention_nb
 from dilated_attention_nb.config import DilatedAttentionConfig
+from dilated_attention_nb.gigapath import attention_rollout
 from dilated_attention_nb.interop import (
     DilatedMHA,
     GigaPathConfig,
@@ -134,6 +135,11 @@ def test_from_torchscale():
         (dict(state_dict=STATE | {"encoder.layer_norm.weight": X}), "layer_norm.weight has shape"),
         (dict(state_dict={k: v for k, v in STATE.items() if "inner_attn" not in k}), "inner_attn_ln.weight is missing"),
         (dict(embed_dims=3), "embed_dims"), (dict(ragged="pad"), "ragged"),
+        (dict(state_dict=None), "be a mapping"), (dict(state_dict=[X]), "be a mapping"),
+        (dict(state_dict="slide_encoder.pth"), "read_tensors"), (dict(state_dict={1: X}), "which prefix"),
+        (dict(state_dict=STATE | {"encoder.layers.0.ffn.fc1.weight": 3}), "be a mapping"),
+        (dict(state_dict=STATE | {"encoder.layers.x.y": X}), "layers.x.y is unknown"),
+        (dict(state_dict={k.replace("layers.1", "layers.2"): v for k, v in STATE.items()}), "layers.1.*missing"),
     ],
 )  # fmt: skip
 def test_from_torchscale_refuses(change, message):
@@ -170,7 +176,8 @@ def test_segment_lengths_that_do_not_divide_each_other():
 
 def test_options_of_the_slide_encoder_count():
     x, coords = tiles()
-    outs = [slide(**v)(x, coords) for v in ({}, dict(global_pool=True), dict(ragged="mask"), dict(tile_size=200))]
+    options = {}, dict(global_pool=True), dict(ragged="mask"), dict(tile_size=200, check_layout=False)
+    outs = [slide(**v)(x, coords) for v in options]
     assert all(not torch.allclose(a, b, atol=1e-4) for i, a in enumerate(outs) for b in outs[:i])
     assert not torch.allclose(slide(norm_eps=0.5)(x, coords), outs[0], atol=1e-4)
     far = coords + 256 * 9
@@ -202,13 +209,45 @@ def test_other_dtypes(dtype):
         assert (model(x, coords).float() - exact).abs().max() < 0.2
 
 
+@pytest.mark.parametrize("pooled", [False, True])
+def test_rollout_is_the_product_of_the_matrices(pooled):
+    model, (x, coords) = slide(global_pool=pooled, ragged="mask"), tiles(batch=2)
+    with torch.no_grad():
+        states = list(model.encoder.states(model.embed(x, coords)))
+        product = torch.eye(61)
+        for layer, state in zip(model.encoder.layers, states):
+            _, weights = layer.self_attn(layer.self_attn_layer_norm(state), need_weights=True)
+            product = (torch.eye(61) + weights) / 2 @ product
+    expected = (product[:, 1:].mean(1) if pooled else product[:, 0])[:, 1:]
+    got = attention_rollout(model, x, coords)
+    assert torch.allclose(got, expected / expected.sum(1, keepdim=True), atol=1e-6)
+    assert got.shape == (2, 60) and not got.requires_grad and all(p.grad is None for p in model.parameters())
+    with torch.inference_mode():
+        assert torch.allclose(attention_rollout(model, x, coords), got, atol=1e-6)
+
+
+def test_strided_tiles_and_integer_coordinates():
+    model, (x, coords) = slide(), tiles()
+    turned = [y.transpose(1, 2).contiguous().transpose(1, 2) for y in (x, coords)]
+    assert torch.equal(model(*turned), model(x, coords)) and torch.equal(model(x, coords.int()), model(x, coords))
+    assert torch.equal(model(x, coords.double()), model(x, coords)) and model(x[:, :1], coords[:, :1]).shape == (1, 32)
+    half = slide().half()(x.half(), coords)
+    assert half.dtype == torch.float16 and (half.float() - model(x, coords)).abs().max() < 0.05
+
+
 GRID = torch.cartesian_prod(torch.arange(20), torch.arange(15))[None] * 256.0
 BAD_COORDS = [
     (GRID / GRID.max(), "300 tiles in"), (GRID / GRID.max() * 1000, "300 tiles in"), (GRID / 256, "300 tiles in"),
     (GRID * 2, "2 x 2 tiles"), (GRID * 4, "4 x 4 tiles"), (GRID * torch.tensor([2.0, 3.0]), "2 x 3 tiles"),
+    (GRID * 2.15, "2.15 x 2.15 tiles"), ((GRID * 2.15).long(), "2.15 x 2.15 tiles"), (GRID * 1.5, "1.5 x 1.5 tiles"),
+    ((GRID * 4 / 3).int(), "1.33 x 1.33 tiles"), (GRID * 0.75, "0.75 x 0.75 tiles"), (GRID * 0.5, "300 tiles in"),
+    (GRID * torch.tensor([1.0, 2.0]), None), (GRID * 1.01, None), (GRID.flip(-1), None),
+    (GRID.to(torch.int16), "int64"), (GRID.to(torch.uint8), "int64"), (GRID.to(torch.complex64), "int64"),
+    (GRID.to("meta"), "hold numbers"), (GRID[:, :40].clone().fill_(0), "40 tiles in 1 cells"),
+    (torch.rand(1, 60, 2, generator=torch.Generator().manual_seed(0)) * 90_000, None),
     (GRID * 60, "lie in"), (GRID - 1, "lie in"), (GRID * float("nan"), "lie in"), (GRID + float("inf"), "lie in"),
-    (GRID[0], "shape"), (GRID[..., :1], "shape"), (GRID.tolist(), "shape"), (GRID[:, :0], None),
-    (GRID.half(), "half can't hold"), (GRID.bool(), "half can't hold"), (GRID.long(), None), (GRID.int() * 2, "2 x 2"),
+    (GRID[0], "be a tensor"), (GRID[..., :1], "be a tensor"), (GRID.tolist(), "be a tensor"), (GRID[:, :0], None),
+    (GRID.half(), "int64"), (GRID.bool(), "int64"), (GRID.long(), None), (GRID.int() * 2, "2 x 2"),
     (GRID + 13.7, None), (GRID[:, ::7] * 2, "2 x 2"), (GRID[:, :8] * 2, None), (GRID[:, :15] * 1.5, None),
 ]  # fmt: skip
 
@@ -220,6 +259,37 @@ def test_coordinates_that_cannot_be_meant_are_refused(coords, message):
         return
     with pytest.raises((ValueError, TypeError), match=message):
         tile_cells(coords)
+
+
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        (dict(tile_size=0), "tile_size"), (dict(tile_size=256.5), "tile_size"), (dict(tile_size="256"), "tile_size"),
+        (dict(slide_ngrids=-1), "slide_ngrids"), (dict(check_layout="no"), "check_layout"),
+    ],
+)  # fmt: skip
+def test_arguments_of_tile_cells_are_checked(values, name):
+    with pytest.raises((ValueError, TypeError), match=name):
+        tile_cells(GRID, **values)
+
+
+def test_arguments_of_position_codes_are_checked():
+    for cells, width, message in ((GRID.long(), 6, "multiple of 4"), (GRID.long(), 0, "embed_dim"), (X, 8, "cells")):
+        with pytest.raises(ValueError, match=message):
+            position_codes(cells, width)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.5, 2.0, 2.15, 3.0])
+def test_scales_are_seen_through_rounding_and_missing_tiles(factor):
+    "Level 0 of scanners with other resolutions, tiles in random order, two thirds of them missing."
+    for seed in range(20):
+        some = torch.randperm(300, generator=torch.Generator().manual_seed(seed))[:100]
+        pixels = (GRID[:, some] * factor + 77).round()
+        if factor == 1:
+            assert tile_cells(pixels).shape == (1, 100, 2)
+            continue
+        with pytest.raises(ValueError, match=f"steps of {factor:.3g} x {factor:.3g} tiles"):
+            tile_cells(pixels)
 
 
 def test_the_layout_check_can_be_switched_off():
@@ -238,10 +308,15 @@ def test_random_parts_of_a_slide_pass_the_layout_check():
 
 
 BAD_SLIDES = [
-    (dict(x=torch.randn(60, 24)), "x must have shape"), (dict(x=torch.randn(1, 60, 25)), "x must have shape"),
-    (dict(x=None), "x must have shape"), (dict(x=torch.randn(1, 0, 24)), "x must have shape"),
+    (dict(x=torch.randn(60, 24)), "x must be a tensor"), (dict(x=torch.randn(1, 60, 25)), "x must be a tensor"),
+    (dict(x=None), "x must be a tensor"), (dict(x=torch.randn(1, 0, 24)), "x must be a tensor"),
+    (dict(x=np.zeros((1, 60, 24))), "x must be a tensor"), (dict(x=torch.zeros(0, 60, 24)), "x must be a tensor"),
+    (dict(x=torch.zeros(1, 60, 24).long()), "float tensor"),
+    (dict(x=torch.zeros(1, 60, 24).double()), "module's dtype"),
+    (dict(x=torch.zeros(1, 60, 24).half()), "module's dtype"),
+    (dict(x=torch.zeros(1, 60, 24, device="meta")), "device"),
     (dict(x=torch.randn(1, 59, 24)), "a row for each of"), (dict(x=torch.randn(2, 60, 24)), "a row for each of"),
-    (dict(all_layer_embed=1), "all_layer_embed"), (dict(coords=None), "coords must have shape"),
+    (dict(all_layer_embed=1), "all_layer_embed"), (dict(coords=None), "coords must be a tensor"),
 ]  # fmt: skip
 
 
@@ -312,7 +387,16 @@ def test_checkpoints_come_back(tmp_path, dtype):
     again(*given).float().sum().backward()
 
 
+def test_interop_offers_what_lower_rooms_hold():
+    names = ("GigaPathSlideEncoder", "GigaPathConfig", "from_pretrained", "save_pretrained", "LongNetEncoder")
+    for name in (*names, "tile_cells", "position_codes"):
+        assert getattr(dilated_attention_nb.interop, name) is getattr(dilated_attention_nb, name)
+
+
 def test_methods_are_there_wherever_the_class_comes_from():
+    code = "from dilated_attention_nb import GigaPathSlideEncoder as G; print(G.from_pretrained.__func__.__module__)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "dilated_attention_nb.pretrained"
     for cls in (dilated_attention_nb.LongNet, dilated_attention_nb.LongNetEncoder):
         assert cls.save_pretrained is save_pretrained and callable(cls.from_pretrained)
     assert callable(dilated_attention_nb.LongNetEncoder.from_torchscale)
@@ -369,6 +453,9 @@ def test_configs_that_do_not_fit_are_explained(tmp_path):
         "layers.1.*is unknown": about | {"config": about["config"] | {"num_layers": 1}},
         "'class'.*got 'Linear'": about | {"class": "Linear"},
         "'class'.*got None": [1, 2],
+        "'class'.*LongNet": about | {"class": ["LongNet"]},
+        "have 'class' and 'config' alone, got extra": about | {"extra": 1},
+        "num_layers must be an integer": about | {"config": about["config"] | {"num_layers": "2"}},
         "be a dict": {"class": "LongNet"},
     }
     for message, content in wrong.items():
@@ -390,10 +477,36 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
         (STATE | {"cls_token": torch.zeros(1, 1, 64)}, r"cls_token has shape \(1, 1, 64\), the model's \(1, 1, 128\)"),
         ({k: v for k, v in STATE.items() if "encoder" not in k}, "and .* more"),
         ({"model": 3}, "no state dict"), ([X], "no state dict"), ({"epoch": 3, "x": X}, "no state dict"),
+        (STATE | {"norm.bias": STATE["norm.bias"].long()}, "norm.bias is torch.int64"),
+        (STATE | {"patch_embed.proj.weight": STATE["patch_embed.proj.weight"].to_sparse()}, "torch.sparse_coo"),
+        ({"state_dict": STATE}, "no state dict"),
+        ({"module." + k: v for k, v in STATE.items()}, "cls_token is missing"),
     ):  # fmt: skip
         torch.save(content, path)
         with pytest.raises(ValueError, match=message):
             GigaPathSlideEncoder.from_pretrained(path, **SLIDE)
+
+
+def test_files_that_are_something_else(tmp_path):
+    (tmp_path / "a.pth").write_text("hello")
+    save_file(STATE, tmp_path / "b.pth")
+    torch.save(STATE, tmp_path / "c.safetensors")
+    for name in ("a.pth", "b.pth", "c.safetensors"):
+        with pytest.raises(ValueError, match="can't be read") as caught:
+            GigaPathSlideEncoder.from_pretrained(tmp_path / name, **SLIDE)
+        assert "weights_only" not in str(caught.value)  # torch advises to switch it off
+    with pytest.raises(FileNotFoundError, match="download it first"):
+        GigaPathSlideEncoder.from_pretrained("hf_hub:prov-gigapath/prov-gigapath")
+
+
+def test_several_dtypes_become_the_widest(tmp_path):
+    mixed = {name: x.half() if i % 2 else x for i, (name, x) in enumerate(STATE.items())}
+    torch.save({"model": mixed}, tmp_path / "a.pth")
+    model = GigaPathSlideEncoder.from_pretrained(tmp_path / "a.pth", **SLIDE)
+    assert {p.dtype for p in model.parameters()} == {torch.float32} and model(X, COORDS).isfinite().all()
+    torch.save({"model": {name: x.half() for name, x in STATE.items()}}, tmp_path / "b.pth")
+    model = GigaPathSlideEncoder.from_pretrained(tmp_path / "b.pth", **SLIDE)
+    assert {p.dtype for p in model.parameters()} == {torch.float16}
 
 
 def test_models_that_their_config_does_not_describe_are_not_saved(tmp_path):
@@ -540,6 +653,48 @@ def test_what_cannot_be_replaced_is_refused(make, message):
     assert [type(m) for m in model.modules()] == kinds
     with pytest.raises(ValueError, match="num_heads"):
         replace_attention(nn.MultiheadAttention(8, 1), DilatedAttentionConfig((4, 8), (1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(query=None), ValueError, "query must be a tensor"), (dict(key=[1]), ValueError, "key must be a tensor"),
+        (dict(query=torch.zeros(2, 24, 16)), ValueError, "query must be a tensor"),
+        (dict(value=torch.zeros(2, 24, 16)), ValueError, "value must be a tensor"),
+        (dict(query=torch.zeros(32)), ValueError, "query must be"), (dict(is_causal=1), TypeError, "is_causal"),
+        (dict(query=torch.zeros(1, 2, 24, 32)), ValueError, "query must be"),
+        (dict(query=torch.zeros(2, 24, 32).double()), TypeError, "module's dtype"),
+        (dict(key_padding_mask=torch.zeros(2, 24).long()), TypeError, "key_padding_mask"),
+        (dict(key_padding_mask=[[False]]), TypeError, "key_padding_mask"),
+        (dict(key_padding_mask=torch.zeros(2, 23).bool()), ValueError, "key_padding_mask"),
+        (dict(attn_mask=[1]), ValueError, "attn_mask must be None"),
+        (dict(key=torch.zeros(1, 24, 32)), ValueError, "k must"),
+    ],
+)  # fmt: skip
+def test_bad_calls_of_the_module_are_explained(change, error, message):
+    ours, x = replace_attention(nn.MultiheadAttention(32, 4, batch_first=True), FULL), torch.randn(2, 24, 32)
+    with pytest.raises(error, match=message):
+        ours(**dict(query=x, key=x, value=x) | change)
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "message"),
+    [
+        (None, FULL, "model"), (nn.TransformerEncoder, FULL, "model"), (nn.Linear(2, 2), None, "config"),
+        (nn.Linear(2, 2), {"segment_lengths": (4,)}, "config"),
+    ],
+)  # fmt: skip
+def test_arguments_of_replace_attention_are_checked(model, config, message):
+    with pytest.raises(TypeError, match=message):
+        replace_attention(model, config)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_replaced_models_in_other_dtypes(dtype):
+    model, x = stack().eval(), torch.randn(2, 24, 32)
+    exact = model(x)
+    low = replace_attention(stack().eval().to(dtype), FULL)(x.to(dtype))
+    assert low.dtype == dtype and (low.float() - exact).abs().max() < 0.1
 
 
 def test_a_decoder_keeps_its_cross_attention():
