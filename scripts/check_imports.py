@@ -28,6 +28,9 @@ ONLY = {
     "memory_pool": {"config"},
     "masking": {"config"},
     "partial": {"config", "masking"},
+    "fused_plan": {"config", "masking"},
+    "triton_forward": {"config", "fused_plan"},
+    "triton_backward": {"config", "fused_plan", "triton_forward"},
     "block_patterns": {"config", "plotting", "masking"},  # plotting: for BlockPattern.plot alone
     "block_sparse": {"config", "masking", "partial", "block_patterns"},
     "ring": {"config", "memory_pool", "masking", "partial"},
