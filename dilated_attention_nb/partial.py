@@ -293,7 +293,7 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int, ma
     if dtype not in (torch.float16, torch.bfloat16, torch.float32) or head_dim > 256:
         return f"triton takes float16, bfloat16 and float32 and a head_dim of at most 256, not {dtype} and {head_dim}"
     if device.type == "cpu":
-        how = "set TRITON_INTERPRET=1 before Triton is imported to run it in the interpreter, slowly"
+        how = "set TRITON_INTERPRET=1 before Python starts to run them in its interpreter, slowly"
         return None if _triton_interprets() else f"the Triton kernels need CUDA; {how}"
     return _no_cuda("triton", device)
 

@@ -262,7 +262,7 @@ def _blocks(kernel: str, q: Tensor) -> Blocks:
     "Sizes for these queries, here; small ones in the interpreter, so that small tests have many blocks."
     if interpreting() or q.device.type != "cuda":
         return Blocks(16, 16, 1, 1)
-    shared = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
+    shared = getattr(torch.cuda.get_device_properties(q.device), "shared_memory_per_block_optin", 0)
     return block_sizes(kernel, q.dtype, q.shape[3], shared)
 
 # %% ../nbs/06c_triton_forward.ipynb #8185e98e
