@@ -244,7 +244,10 @@ _SIZES = {  # (kernel, half precision): for head_dim up to 64, 128, 256
     ("queries", False): (Blocks(64, 32, 8, 2), Blocks(32, 32, 8, 1), Blocks(32, 16, 8, 1)),
     ("keys", False): (Blocks(64, 32, 8, 2), Blocks(32, 32, 8, 1), Blocks(32, 16, 8, 1)),
 }
-_SMALL = Blocks(64, 32, 4, 2), Blocks(32, 32, 8, 1), Blocks(32, 16, 8, 1)  # for less shared memory
+_SMALL = {  # for less shared memory
+    True: (Blocks(64, 32, 4, 2), Blocks(32, 32, 8, 1), Blocks(32, 16, 8, 1)),
+    False: (Blocks(64, 32, 8, 2), Blocks(32, 32, 8, 1), Blocks(16, 16, 4, 1)),
+}
 
 
 def block_sizes(
@@ -254,8 +257,8 @@ def block_sizes(
     shared: int = 232_448,  # bytes of shared memory a block may have
 ) -> Blocks:
     "Sizes for a GPU; unmeasured."
-    width = (head_dim > 64) + (head_dim > 128)
-    return _SIZES[kernel, dtype != torch.float32][width] if shared >= 132 * 1024 else _SMALL[width]
+    half, width = dtype != torch.float32, (head_dim > 64) + (head_dim > 128)
+    return _SIZES[kernel, half][width] if shared >= 132 * 1024 else _SMALL[half][width]
 
 
 def _blocks(kernel: str, q: Tensor) -> Blocks:
