@@ -207,7 +207,7 @@ def fused_backward(
     """Gradients of `fused_forward`; zero keys (`ragged="zeros"`) have none and need not be named.
 
     FlashAttention-2, Dao 2023, arXiv:2307.08691, over the key sets of LongNet, arXiv:2307.02486, eqs. 3 to 10.
-    Raises `ValueError` for more than 2**30 tokens.
+    Raises `ValueError` for more than 2**30 tokens, `ImportError` without Triton.
     """
     check_size(q, k)
     b, nq, h, nk, kv, device = *q.shape[:3], *k.shape[1:3], q.device

@@ -280,7 +280,9 @@ def tables(
 
 
 def check_size(q: Tensor, k: Tensor) -> None:
-    "Positions are counted in 32 bits, batch and heads are dimensions of a launch."
+    "There must be Triton; positions are counted in 32 bits, batch and heads are dimensions of a launch."
+    if triton is None:
+        raise ImportError("triton can't be imported; pip install 'dilated-attention-nb[triton]'")
     if k.shape[1] > 2**30:
         raise ValueError(complaint("k", "have at most 2**30 tokens", k.shape[1], "backend='flash' has no limit"))
     if max(q.shape[0], q.shape[2]) > 65_535:
@@ -321,7 +323,7 @@ def fused_forward(
     """Dilated attention in one launch; arguments as checked by `dilated_attention`, which is the function to call.
 
     FlashAttention-2, Dao 2023, arXiv:2307.08691, over the key sets of LongNet, arXiv:2307.02486, eqs. 3 to 10.
-    Raises `ValueError` for more than 2**30 tokens.
+    Raises `ValueError` for more than 2**30 tokens, `ImportError` without Triton.
     """
     check_size(q, k)
     b, nq, h, nk, device = *q.shape[:3], k.shape[1], q.device
