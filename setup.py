@@ -28,6 +28,7 @@ tools = names("nbdev_requirements")
 extras = {
     "flash-attn": names("flash_attn_requirements"),
     "transformers": names("transformers_requirements"),
+    "triton": names("triton_requirements"),
     "docs": tools + names("docs_requirements"),
     "dev": tools + names("docs_requirements") + names("dev_requirements"),
 }

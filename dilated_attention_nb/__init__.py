@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         DistributedConfig as DistributedConfig,
         EVICTION_POLICIES as EVICTION_POLICIES,
         FLOAT_DTYPES as FLOAT_DTYPES,
+        LAYER_BACKENDS as LAYER_BACKENDS,
         MIXINGS as MIXINGS,
         MemoryPoolConfig as MemoryPoolConfig,
         MultiheadConfig as MultiheadConfig,
@@ -148,6 +149,19 @@ if TYPE_CHECKING:
     from dilated_attention_nb import dilated as dilated
     from dilated_attention_nb.dilated import (
         DilatedAttention as DilatedAttention,
+    )
+    from dilated_attention_nb import fused_plan as fused_plan
+    from dilated_attention_nb.fused_plan import (
+        branches_by_head as branches_by_head,
+        row_classes as row_classes,
+    )
+    from dilated_attention_nb import triton_forward as triton_forward
+    from dilated_attention_nb.triton_forward import (
+        fused_forward as fused_forward,
+    )
+    from dilated_attention_nb import triton_backward as triton_backward
+    from dilated_attention_nb.triton_backward import (
+        fused_backward as fused_backward,
     )
     from dilated_attention_nb import improved as improved
     from dilated_attention_nb.improved import (
@@ -333,6 +347,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "DistributedConfig",
         "EVICTION_POLICIES",
         "FLOAT_DTYPES",
+        "LAYER_BACKENDS",
         "MIXINGS",
         "MemoryPoolConfig",
         "MultiheadConfig",
@@ -453,6 +468,16 @@ _NAMES: dict[str, tuple[str, ...]] = {
     ),
     "dilated": (
         "DilatedAttention",
+    ),
+    "fused_plan": (
+        "branches_by_head",
+        "row_classes",
+    ),
+    "triton_forward": (
+        "fused_forward",
+    ),
+    "triton_backward": (
+        "fused_backward",
     ),
     "improved": (
         "ImprovedDilatedAttention",
@@ -654,6 +679,7 @@ __all__ = [
     "KINDS",
     "KVCache",
     "LARGEST_EXPONENT",
+    "LAYER_BACKENDS",
     "LONGEST_WEIGHTS",
     "LayerStack",
     "LongNet",
@@ -716,6 +742,7 @@ __all__ = [
     "block_sparse_traffic",
     "branch_heads",
     "branch_mask",
+    "branches_by_head",
     "branches_of_head",
     "calibrated_seconds",
     "caption",
@@ -766,6 +793,8 @@ __all__ = [
     "finish",
     "forward_seconds",
     "from_pretrained",
+    "fused_backward",
+    "fused_forward",
     "gather_sequence",
     "generate",
     "grid_pairs",
@@ -825,6 +854,7 @@ __all__ = [
     "resume_run",
     "ring_worker",
     "rotate",
+    "row_classes",
     "sample_tokens",
     "save_checkpoint",
     "save_figure",

@@ -19,7 +19,7 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.nn.functional import dropout
 
 from dilated_attention_nb.config import (
-    BACKENDS,
+    LAYER_BACKENDS,
     MIXINGS,
     OFFSETS,
     RAGGED,
@@ -355,7 +355,7 @@ def _options(
     q: Tensor, mask: Tensor | None, segment_lengths: Sequence[int], dilation_rates: Sequence[int],
     is_causal: bool, mixing: str, offsets: str, ragged: str, scale: float, backend: str, backward: bool,
 ) -> Options:  # fmt: skip
-    name = resolve_backend(backend, q, mask is not None)
+    name = resolve_backend(backend, q, mask is not None, whole=True)
     every = ("dout", "q", "k", "v", "out")
     copy = () if q.device.type != "cpu" else every if backward or q.element_size() > 2 else ("q",)
     zeros = ragged == "zeros" and not is_causal
@@ -372,6 +372,11 @@ def forward_op(
     options = _options(
         q, mask, segment_lengths, dilation_rates, is_causal, mixing, offsets, ragged, scale, backend, False
     )
+    if options.backend == "triton":
+        from dilated_attention_nb.triton_forward import fused_forward
+
+        how = (is_causal, mixing, offsets, options.zeros, scale, use_tf32)
+        return fused_forward(q, k, v, mask, segment_lengths, dilation_rates, *how)
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
     space = Workspace(q.device)
     with _tf32(use_tf32, q):
@@ -393,6 +398,11 @@ def backward_op(
     options = _options(
         q, mask, segment_lengths, dilation_rates, is_causal, mixing, offsets, ragged, scale, backend, True
     )
+    if options.backend == "triton":
+        from dilated_attention_nb.triton_backward import fused_backward
+
+        how = (is_causal, mixing, offsets, scale, use_tf32)
+        return fused_backward(dout, q, k, v, out, lse, mask, segment_lengths, dilation_rates, *how)
     dq, dk, dv = (x.new_zeros(x.shape) if x.shape[1] > q.shape[1] else x.new_empty(x.shape) for x in (q, k, v))
     space = Workspace(q.device)
     with _tf32(use_tf32, q):
@@ -445,7 +455,7 @@ def dilated_attention(
     ragged: str = "error",  # or "mask", "zeros"
     key_padding_mask: Bool[Tensor, "b nk"] | None = None,  # True is padding
     scale: float | None = None,  # on the logits, above 0; None is d ** -0.5
-    backend: str = "auto",
+    backend: str = "auto",  # one of LAYER_BACKENDS, see `available_backends`
     use_tf32: bool = True,  # float32 on CUDA only
 ) -> Float[Tensor, "b nq h d"]:
     """Dilated attention, exact in values and gradients; saves q, k, v, out and lse for the backward pass.
@@ -457,7 +467,7 @@ def dilated_attention(
     check_choice("mixing", mixing, MIXINGS)
     check_choice("offsets", offsets, OFFSETS)
     check_choice("ragged", ragged, RAGGED)
-    check_choice("backend", backend, BACKENDS)
+    check_choice("backend", backend, LAYER_BACKENDS)
     check_flag("is_causal", is_causal)
     check_flag("use_tf32", use_tf32)
     q, k, v = cast_like_autocast(q, k, v)
@@ -480,9 +490,10 @@ class ImprovedDilatedAttention(nn.Module):
     LongNet, Ding et al. 2023, arXiv:2307.02486.
     """
 
-    def __init__(self, config: DilatedAttentionConfig) -> None:
+    def __init__(self, config: DilatedAttentionConfig, backend: str = "auto") -> None:
         super().__init__()
         self.config = check_config("config", config, DilatedAttentionConfig)
+        self.backend = check_choice("backend", backend, LAYER_BACKENDS)
 
     def forward(
         self,
@@ -500,9 +511,9 @@ class ImprovedDilatedAttention(nn.Module):
             check_placement(name, x, c.device, c.dtype)
         out = dilated_attention(
             q, k, v, c.segment_lengths, c.dilation_rates, is_causal=is_causal, mixing=c.mixing, offsets=c.offsets,
-            ragged=c.ragged, key_padding_mask=key_padding_mask, use_tf32=c.use_tf32,
+            ragged=c.ragged, key_padding_mask=key_padding_mask, backend=self.backend, use_tf32=c.use_tf32,
         )  # fmt: skip
         return dropout(out, c.dropout, self.training)
 
     def extra_repr(self) -> str:
-        return f"{self.config}"
+        return f"{self.config}, backend={self.backend!r}"

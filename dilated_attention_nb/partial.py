@@ -8,6 +8,8 @@ __all__ = ['KERNELS', 'merge', 'merge_lse_', 'merge_', 'Backend', 'available_bac
 
 # %% ../nbs/05_partial.ipynb #81f242ec
 import logging
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from torch.nn.functional import pad, softplus
 
 from dilated_attention_nb.config import (
     BACKENDS,
+    LAYER_BACKENDS,
     check_choice,
     check_device,
     check_dtype,
@@ -277,6 +280,24 @@ def _flash_attn_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int
     return _no_cuda("flash-attn", device) or _not_half("flash_attn", dtype, head_dim, masked, 256)
 
 
+def _triton_interprets() -> bool:
+    "Whether Triton runs kernels in its interpreter. It asks for the variable when it is imported: later is too late."
+    wanted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "t", "yes", "y", "on")
+    loaded = sys.modules.get("triton.language")
+    return wanted and (loaded is None or type(loaded.max).__name__ == "InterpretedFunction")
+
+
+def _triton_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int, masked: bool) -> str | None:
+    if find_spec("triton") is None:
+        return "the package triton is not installed: pip install 'dilated-attention-nb[triton]'"
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32) or head_dim > 256:
+        return f"triton takes float16, bfloat16 and float32 and a head_dim of at most 256, not {dtype} and {head_dim}"
+    if device.type == "cpu":
+        how = "set TRITON_INTERPRET=1 before Python starts to run them in its interpreter, slowly"
+        return None if _triton_interprets() else f"the Triton kernels need CUDA; {how}"
+    return _no_cuda("triton", device)
+
+
 @dataclass(frozen=True)
 class Backend:
     "Two kernels, and what stands in their way."
@@ -293,6 +314,7 @@ KERNELS = {  # in the order in which "auto" tries them
     "efficient": Backend(efficient_forward, efficient_backward, _efficient_obstacle),
     "math": Backend(math_forward, math_backward, lambda *_: None),
 }
+_WHOLE = {"triton": _triton_obstacle}  # what computes whole layers of dilated attention, and never a part
 
 
 def available_backends(
@@ -304,14 +326,23 @@ def available_backends(
     "For every backend but 'auto': None if it can be had here for such tensors, else the reason why not."
     place = check_device("device", device) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind = check_dtype("dtype", dtype) or torch.bfloat16
-    return {name: kernel.obstacle(place, kind, head_dim, masked) for name, kernel in KERNELS.items()}
+    return _reasons(True, place, kind, head_dim, masked)
+
+
+def _reasons(whole: bool, *kind: Any) -> dict[str, str | None]:
+    "What stands in the way of each backend, those for whole layers included or not."
+    found = {name: kernel.obstacle(*kind) for name, kernel in KERNELS.items()}
+    return found | {name: obstacle(*kind) for name, obstacle in _WHOLE.items()} if whole else found
 
 
 @lru_cache(maxsize=256)
-def _chosen(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, masked: bool) -> str:
+def _chosen(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, masked: bool, whole: bool) -> str:
     "The backend to use; cached, so that a choice is logged once for each kind of tensor."
-    check_choice("backend", name, BACKENDS)
-    reasons = available_backends(device, dtype, head_dim, masked)
+    if name in _WHOLE and not whole:
+        rule, advice = "compute parts of attention here", "use dilated_attention or another backend"
+        raise ValueError(complaint("backend", rule, f"{name!r}, which computes whole layers only", advice))
+    check_choice("backend", name, LAYER_BACKENDS if whole else BACKENDS)
+    reasons = _reasons(name in _WHOLE, device, dtype, head_dim, masked)
     if name == "auto":
         pick = next(backend for backend, reason in reasons.items() if reason is None)
         missing = [f"{b} ({r})" for b, r in reasons.items() if r] if pick == "math" else []
@@ -328,9 +359,14 @@ def _chosen(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, 
     return name
 
 
-def resolve_backend(name: str, q: Tensor, masked: bool = False) -> str:
+def resolve_backend(
+    name: str,
+    q: Tensor,
+    masked: bool = False,
+    whole: bool = False,  # for a whole layer of dilated attention
+) -> str:
     "The backend that computes `q`: `name`, or for 'auto' the first that can. `ValueError` with the reason if it can't."
-    return _chosen(name, torch.device(q.device.type), q.dtype, q.shape[-1], masked)
+    return _chosen(name, torch.device(q.device.type), q.dtype, q.shape[-1], masked, whole)
 
 # %% ../nbs/05_partial.ipynb #f673a20e
 def _bias(mask: Tensor | None, q: Tensor) -> Tensor | None:

@@ -29,6 +29,9 @@ ONLY = {
     "memory_pool": {"config"},
     "masking": {"config"},
     "partial": {"config", "masking"},
+    "fused_plan": {"config", "masking"},
+    "triton_forward": {"config", "fused_plan"},
+    "triton_backward": {"config", "fused_plan", "triton_forward"},
     "block_patterns": {"config", "plotting", "masking"},  # plotting: for BlockPattern.plot alone
     "block_plan": set(),
     "block_attention": {"config", "partial", "block_patterns", "block_plan"},

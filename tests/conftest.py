@@ -21,6 +21,10 @@ import hypothesis
 import pytest
 import torch
 
+# Triton decides when it is imported (which torch does when it compiles): without a GPU its kernels are interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # The same examples in every run; no deadline, as a busy machine is no fault. HYPOTHESIS_PROFILE=explore looks further.
 for name, count in {"quick": 20, "repeatable": 100, "explore": 1000}.items():
     hypothesis.settings.register_profile(
