@@ -304,7 +304,7 @@ def train_step(
             group["lr"] = group.setdefault("full_lr", group["lr"]) * rate
         optimizer.step()
         optimizer.zero_grad()
-    return float(loss) / math.log(2)
+    return float(loss.item()) / math.log(2)
 
 
 def autocast(config: TrainingConfig) -> torch.autocast:
