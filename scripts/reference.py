@@ -9,6 +9,7 @@ behind a parameter or field is its meaning (docments). scripts/docs.py puts the 
 from __future__ import annotations
 
 import ast
+import html
 import io
 import re
 import sys
@@ -38,7 +39,7 @@ def cell(text: str) -> str:
 
 def code(text: str) -> str:
     "Code for a table's cell; a union's bar would end the cell, in backticks too."
-    return f"`{text}`".replace("|", "\\|") if text else ""
+    return f"<code>{html.escape(text, quote=False).replace('|', '&#124;').replace('*', '&#42;')}</code>" if text else ""
 
 
 def parameters(args: ast.arguments) -> list[tuple[str, ast.arg, ast.expr | None]]:

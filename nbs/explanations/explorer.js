@@ -1,5 +1,5 @@
 // The rules of masking.branch_heads, masking.attention_counts, plotting.reached and decoding.kv_cache_bytes, again.
-// tests in scripts/site_test.py compare `patternExplorer` with the Python functions.
+// `patternExplorer` holds the functions, so that they can be compared with those of Python.
 (function () {
   "use strict";
 
