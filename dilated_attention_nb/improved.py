@@ -481,7 +481,8 @@ def dilated_attention(
         )
     branches = list(segment_lengths), list(dilation_rates)
     how = (is_causal, mixing, offsets, ragged, factor, backend, use_tf32)
-    return forward_op(q, k, v, key_padding_mask, *branches, *how)[0]
+    out: Tensor = forward_op(q, k, v, key_padding_mask, *branches, *how)[0]
+    return out
 
 
 class ImprovedDilatedAttention(nn.Module):

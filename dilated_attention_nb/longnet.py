@@ -209,7 +209,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n e"]) -> Float[Tensor, "b n e"]:
         x = F.dropout(F.gelu(self.fc1(x)), self.config.activation_dropout, self.training)
-        return self.fc2(self.ffn_layernorm(x))
+        out: Tensor = self.fc2(self.ffn_layernorm(x))
+        return out
 
 
 class LongNetLayer(nn.Module):
@@ -303,7 +304,8 @@ class LayerStack(nn.Module):
         "Raises `ValueError` for xPos without `is_causal`."
         for state in self.states(x, key_padding_mask, is_causal, cache):
             last = state
-        return self.layer_norm(last)
+        out: Tensor = self.layer_norm(last)
+        return out
 
 # %% ../nbs/12_longnet.ipynb #3c3ef8f0
 _LOGITS = 2**22  # computed at a time: 16 MiB in float32
@@ -386,7 +388,7 @@ def token_losses(
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
-    losses, _ = losses_op(x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), ignore_index)
+    losses: Tensor = losses_op(x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), ignore_index)[0]
     return losses.view(targets.shape)
 
 # %% ../nbs/12_longnet.ipynb #9090201e
@@ -473,7 +475,8 @@ class LongNet(nn.Module):
         check_tokens("tokens", tokens, self.head_weight.shape[0])
         check_home("tokens", tokens, self.head_weight)
         x = self.embed_tokens(tokens) if cache is None else cache.embed(self.embed_tokens, tokens)
-        return self.decoder(x * self.config.embed_dim**0.5, key_padding_mask, True, cache)
+        states: Tensor = self.decoder(x * self.config.embed_dim**0.5, key_padding_mask, True, cache)
+        return states
 
     def generate(self, *args: Any, **options: Any) -> Any:
         "Continue a prompt, token by token: `decoding` puts its `generate` in this place."

@@ -119,7 +119,8 @@ class Grid:
     def view(self, x: Tensor) -> Tensor:
         "The tokens of the grid in `x` `[b, n, ...]`, as a view `[b, segments, count, ...]`."
         x = x.narrow(1, self.start, self.segments * self.segment_length)
-        return x.unflatten(1, (self.segments, self.segment_length))[:, :, self.offset :: self.rate]
+        segments: Tensor = x.unflatten(1, (self.segments, self.segment_length))
+        return segments[:, :, self.offset :: self.rate]
 
     def split(self, first: int, segments: int) -> "Grid":
         "The part of the grid from segment `first` on."

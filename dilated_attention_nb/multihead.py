@@ -117,7 +117,8 @@ def project(x: Float[Tensor, "b n e"], *projections: nn.Module) -> tuple[Tensor,
         return tuple(p(x) for p in projections)
     weights, biases = zip(*((p.weight, p.bias) for p in projections))
     bias = None if biases[0] is None else torch.cat(biases)
-    return F.linear(x, torch.cat(weights), bias).split([len(w) for w in weights], -1)
+    views: tuple[Tensor, ...] = F.linear(x, torch.cat(weights), bias).split([len(w) for w in weights], -1)
+    return views
 
 # %% ../nbs/11_multihead.ipynb #6a1d5589
 @torch.no_grad()

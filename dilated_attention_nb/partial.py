@@ -157,8 +157,10 @@ _Grads = tuple[Tensor, Tensor, Tensor]  # dq, dk, dv
 def flash_forward(q: Tensor, k: Tensor, v: Tensor, bias: _Bias, causal: bool, scale: float) -> _Pair:
     "The FlashAttention that PyTorch bundles, on CPU and CUDA."
     if q.device.type == "cpu":
-        return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
-    return _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
+        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+    else:
+        out, lse = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
+    return out, lse
 
 
 def flash_backward(
@@ -166,11 +168,13 @@ def flash_backward(
 ) -> _Grads:
     if q.device.type == "cpu":
         backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return backward(dout, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale)
+        dq, dk, dv = backward(dout, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale)
+        return dq, dk, dv
     seeds = (torch.empty(size, dtype=torch.uint64, device=q.device) for size in ((2,), ()))  # of a dropout that is off
-    return _aten._scaled_dot_product_flash_attention_backward(
+    dq, dk, dv = _aten._scaled_dot_product_flash_attention_backward(
         dout, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, *seeds, scale=scale
     )
+    return dq, dk, dv
 
 
 def _efficient_bias(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
@@ -194,9 +198,10 @@ def efficient_backward(
     seed = torch.empty((), dtype=torch.int64, device=q.device)  # of a dropout that is off
     lse, bias = pad(lse, (0, -lse.shape[2] % 32), value=inf), _efficient_bias(bias, q, k)
     wanted = [True, True, True, False]
-    return _aten._scaled_dot_product_efficient_attention_backward(
+    dq, dk, dv, _ = _aten._scaled_dot_product_efficient_attention_backward(
         dout, q, k, v, bias, out, lse, seed, seed, 0.0, wanted, causal, scale=scale
-    )[:3]
+    )
+    return dq, dk, dv
 
 
 def cudnn_forward(q: Tensor, k: Tensor, v: Tensor, bias: _Bias, causal: bool, scale: float) -> _Pair:
@@ -210,9 +215,10 @@ def cudnn_backward(
 ) -> _Grads:
     seed = torch.empty((), dtype=torch.int64, device=q.device)  # of a dropout that is off
     options = (seed, seed, bias, None, None, q.shape[2], k.shape[2], 0.0, causal)
-    return _aten._scaled_dot_product_cudnn_attention_backward(
+    dq, dk, dv = _aten._scaled_dot_product_cudnn_attention_backward(
         dout, q, k, v, out, lse.unsqueeze(-1), *options, scale=scale
     )
+    return dq, dk, dv
 
 
 def flash_attn_forward(q: Tensor, k: Tensor, v: Tensor, bias: _Bias, causal: bool, scale: float) -> _Pair:
@@ -542,4 +548,5 @@ def attend(
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) if x.shape[2] < q.shape[2] else x for x in (k, v))
     if name == "math":
         return attend_forward(q, k, v, is_causal, key_padding_mask, factor, name)
-    return _Attend.apply(q, k, v, key_padding_mask, is_causal, factor, name)
+    pair: _Pair = _Attend.apply(q, k, v, key_padding_mask, is_causal, factor, name)  # type: ignore[no-untyped-call]
+    return pair

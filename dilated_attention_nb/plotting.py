@@ -18,6 +18,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, FuncFormatter, NullFormatter
 from torch import Tensor
 
@@ -102,7 +103,9 @@ def _to_array(values: Any) -> np.ndarray:
 def _draw_cells(ax: Axes, codes: np.ndarray, colors: Sequence[str], gap: float = 0.06) -> None:
     "Square cells, `gap` of a cell free on each side: code 0 is paper, c is `colors[c - 1]`, masked ones stay white."
     rows, cols = codes.shape
-    spread = np.ma.masked_all((2 * rows - 1, 2 * cols - 1), dtype=int)  # cells at even places, gaps between them
+    spread = np.ma.array(
+        np.zeros((2 * rows - 1, 2 * cols - 1), int), mask=True
+    )  # cells at even places, gaps between them
     spread[::2, ::2] = codes
     x, y = ((np.arange(size)[:, None] + [gap, 1 - gap]).ravel() for size in (cols, rows))
     cmap, top = ListedColormap([PAPER, *colors]), len(colors) + 0.5
@@ -199,7 +202,7 @@ def plot_branches(config: DilatedAttentionConfig, n: int, num_heads: int, ax: Ax
             ax.broken_barh([(t + 0.1, 0.8) for t in range(n) if t % w % r == offset], band, facecolor=color)
             ax.vlines(range(w, n, w), band[0] - 0.02, sum(band) + 0.02, color=INK, linewidth=1.5)
     labels = [f"w = {w}, r = {r}" for w, r in zip(config.segment_lengths, config.dilation_rates)]
-    handles = [plt.Rectangle((0, 0), 1, 1, color=PALETTE[g % len(PALETTE)]) for g in range(len(labels))]
+    handles = [Rectangle((0, 0), 1, 1, color=PALETTE[g % len(PALETTE)]) for g in range(len(labels))]
     ax.legend(handles, labels, ncols=5, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0.1, handlelength=1)
     ax.set(xlabel="token", ylabel="head", xlim=(0, n), ylim=(num_heads, 0))
     ax.set_yticks([h + 0.5 for h in range(num_heads)], [str(h) for h in range(num_heads)])
@@ -220,7 +223,8 @@ def pattern_codes(config: DilatedAttentionConfig, n: int, is_causal: bool, head:
 
 def finest_branch(codes: np.ndarray) -> np.ndarray:
     "The smallest code above 0 in each cell, over the first axis; 0 where there is none."
-    return np.where(codes > 0, codes, codes.max() + 1).min(axis=0) % (codes.max() + 1)
+    finest: np.ndarray = np.where(codes > 0, codes, codes.max() + 1).min(axis=0) % (codes.max() + 1)
+    return finest
 
 
 def _every(r: int) -> str:
@@ -307,7 +311,7 @@ def plot_schedule(rows: Iterable[tuple[int, int, str]], ax: Axes | None = None, 
     for rank, step in np.ndindex(ranks, steps):
         label = cells.get((int(rank), int(step)), "")
         color = colors.get(label, PAPER)
-        ax.add_patch(plt.Rectangle((step + 0.03, rank + 0.06), 0.94, 0.88, color=color, linewidth=0))
+        ax.add_patch(Rectangle((step + 0.03, rank + 0.06), 0.94, 0.88, color=color, linewidth=0))
         ax.text(step + 0.5, rank + 0.52, label, color=_readable(color), ha="center", va="center", fontsize=8)
     ax.set(xlim=(0, steps), ylim=(ranks, 0), xlabel="step", ylabel="rank", title=title)
     ax.set_xticks(np.arange(steps) + 0.5, [str(s) for s in range(steps)])

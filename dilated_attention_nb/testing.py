@@ -247,7 +247,7 @@ def error_budget(
 def _rounding(dtype: torch.dtype, terms: int) -> float:
     "Three roundings to `dtype` and a sum of `terms` terms in float32 or wider, relative to the magnitude."
     sums = torch.float64 if dtype == torch.float64 else torch.float32
-    return 1.5 * torch.finfo(dtype).eps + terms**0.5 / 2 * torch.finfo(sums).eps
+    return 1.5 * torch.finfo(dtype).eps + float(terms**0.5) / 2 * torch.finfo(sums).eps
 
 
 def assert_within_budget(
@@ -531,7 +531,8 @@ def _outcome(folder: Path, process: subprocess.Popen[bytes]) -> tuple[Any, ...] 
     "None while it runs; then ('ok', value), ('error', traceback, time) or ('died', exit code and log, 0.0)."
     code = process.poll()  # before looking for the file: a result may come in between
     if (folder / "result").exists():
-        return torch.load(folder / "result", weights_only=False)  # our own child wrote it
+        result: tuple[Any, ...] = torch.load(folder / "result", weights_only=False)  # our own child wrote it
+        return result
     return None if code is None else ("died", f"exit code {code}\n{_log(folder)}", 0.0)
 
 
@@ -618,7 +619,8 @@ def peak_memory(fn: Callable[..., Any], *args: Any, timeout_s: float = 600.0) ->
     Raises `ValueError` if fn is not importable, `RuntimeError` if it fails, `TimeoutError` after `timeout_s` seconds.
     """
     _check_importable(fn)
-    return _run_processes([(_measure_peak, fn, *args)], timeout_s, "process")[0]
+    peak: PeakMemory = _run_processes([(_measure_peak, fn, *args)], timeout_s, "process")[0]
+    return peak
 
 
 def demo_fill(num_bytes: int) -> None:
@@ -626,16 +628,15 @@ def demo_fill(num_bytes: int) -> None:
     torch.ones(num_bytes, dtype=torch.uint8)
 
 # %% ../nbs/01_testing.ipynb #c9d92765
-def _gloo_worker(fn: Callable[..., Any], rank: int, world_size: int, store: str, timeout_s: float, args: Any) -> Any:
+def _gloo_worker(fn: Callable[..., Any], rank: int, world_size: int, path: str, timeout_s: float, args: Any) -> Any:
     "One rank: join, call, wait for the others, leave."
     import torch.distributed as dist
 
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     torch.set_num_threads(1)
     patience = timedelta(seconds=timeout_s)
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size, timeout=patience
-    )
+    store = dist.FileStore(path, world_size)  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=patience)
     result = fn(rank, world_size, *args)
     dist.barrier()
     dist.destroy_process_group()

@@ -304,7 +304,7 @@ def train_step(
             group["lr"] = group.setdefault("full_lr", group["lr"]) * rate
         optimizer.step()
         optimizer.zero_grad()
-    return loss.item() / math.log(2)
+    return float(loss.item()) / math.log(2)
 
 
 def autocast(config: TrainingConfig) -> torch.autocast:
@@ -420,7 +420,7 @@ def sample_tokens(
 ) -> Int[Tensor, " count"]:  # fmt: skip
     "A continuation of the prompt, in the precision of training."
     with autocast(config):
-        drawn = generate(model, prompt.long().to(config.device), count, temperature, seed=seed)
+        drawn: Tensor = generate(model, prompt.long().to(config.device), count, temperature, seed=seed)
     return drawn.cpu().to(prompt.dtype)
 
 # %% ../nbs/15_training.ipynb #2aea71b9

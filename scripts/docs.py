@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import html
+import json
 import os
 import re
 import shutil
@@ -22,10 +23,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import reference
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PROC = "_proc"
+RESULTS = {"lab_log", "design_decisions"}  # explanations that report rather than guide
+FIRST = ["variants", "explorer", "cluster", "gigapath", "huggingface", "pytorch_encoder", "migration"]
+RAW = re.compile(r"^```\{=html\}\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)  # HTML that is passed on as it is
+FILES = ("*.js", "*.css")  # what pages load, beside them in nbs/
 EXPORT = re.compile(r"^(\s*#\|\s*)exporti?[ \t]*$", re.MULTILINE)
 HIDE = re.compile(r"^\s*#\|\s*hide\b", re.MULTILINE)
 DEFINES = re.compile(r"^(def |class |async def |@|[A-Za-z_]\w*\s*[:=])", re.MULTILINE)
@@ -150,6 +156,10 @@ def process_all(sources: list[Path], proc: Path) -> None:
             shutil.copy2(source, target)
         elif not target.exists() or target.stat().st_mtime < max(newest, package, source.stat().st_mtime):
             jobs.append([sys.executable, __file__, "--process", str(source), str(target)])
+    for extra in [path for kind in FILES for path in (ROOT / "nbs").rglob(kind)]:
+        target = proc / extra.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(extra, target)
     for known in list(proc.rglob("*.ipynb")) + list(proc.rglob("*.qmd")):
         if not (ROOT / known.relative_to(proc)).exists():
             known.unlink()
@@ -180,16 +190,43 @@ def find_pages(proc: Path) -> tuple[list[Path], list[Page]]:
     sources = [ROOT / "index.ipynb", *sorted((ROOT / "nbs").rglob("*.ipynb")), *sorted((ROOT / "nbs").rglob("*.qmd"))]
     sources = [s for s in sources if s.exists() and not any(p[0] in "._" for p in s.relative_to(ROOT).parts)]
     process_all(sources, proc)
-    return sources, [Page(s.relative_to(ROOT), title_of(proc / s.relative_to(ROOT))) for s in sources]
+    cfg = settings()
+    made = reference.write(modules(), proc / "reference", f"{cfg.git_url}/blob/{cfg.branch}")
+    places = [*(s.relative_to(ROOT) for s in sources), *(m.relative_to(proc) for m in made)]
+    return sources, [Page(place, title_of(proc / place)) for place in places]
+
+
+def modules() -> list[Path]:
+    "The package's modules in the order of their notebooks."
+    notebooks = sorted((ROOT / "nbs").glob("[0-9]*_*.ipynb"))
+    paths = [ROOT / settings().lib_path.name / (re.sub(r"^\d+[a-z]?_", "", n.stem) + ".py") for n in notebooks]
+    return [path for path in paths if path.exists()]
+
+
+def order(page: Page) -> tuple:
+    "Numbered notebooks by number and letter (07, 07b, 08), others by name."
+    number = re.match(r"(\d+)([a-z]?)_", page.source.name)
+    return (int(number[1]), number[2], "") if number else (999, "", page.source.name)
+
+
+def section(page: Page) -> str:
+    "Where a page stands in the navigation."
+    number = order(page)[0]
+    if page.source.parts[0] == "reference":
+        return "API reference"
+    if page.source.parent == Path("nbs"):
+        return "Results" if 17 <= number < 999 else "Tutorial"
+    return "Results" if page.source.stem in RESULTS else "Guides" if page.source.parent != Path(".") else ""
 
 
 def sections(pages: list[Page]) -> dict[str, list[Page]]:
-    "The pages by folder: the index, the layers, the explanations."
-    found: dict[str, list[Page]] = {}
-    for page in pages:
-        parts = page.source.parent.parts
-        found.setdefault(" / ".join(p.capitalize() for p in parts[1:]) or ("Layers" if parts else ""), []).append(page)
-    return found
+    "The pages as the navigation lists them: home, tutorial, guides, reference, results."
+    names = ["", "Tutorial", "Guides", "API reference", "Results"]
+    found = {name: [page for page in pages if section(page) == name] for name in names}
+    for name in ("Tutorial", "Results"):
+        found[name].sort(key=order)
+    found["Guides"].sort(key=lambda p: (FIRST.index(p.source.stem) if p.source.stem in FIRST else len(FIRST), order(p)))
+    return {name: group for name, group in found.items() if group}
 
 
 # ---- Quarto ---------------------------------------------------------------------------------------------------------
@@ -241,9 +278,11 @@ def mathml(text: str) -> str:
 
 def plain_markdown(text: str, links: dict[str, str]) -> str:
     "Markdown without Quarto's own marks: divs, attributes, executable fences, links to sources."
+    text = RAW.sub(lambda m: "\n" + re.sub(r"\n\s*\n", "\n", m[1]).strip() + "\n", text)
     text = re.sub(r"^:{3,}\s*\{([^}]*)\}\s*$", _div, text, flags=re.MULTILINE)
     text = re.sub(r"^:{3,}\s*$", "\n</div>\n", text, flags=re.MULTILINE)
     text = re.sub(r"^```\{(\w+)[^}]*\}", r"```\1", text, flags=re.MULTILINE)
+    text = re.sub(r"^(#+ .*?)\s*\{#([^} ]+)[^}]*\}\s*$", r'<a id="\2"></a>\n\n\1', text, flags=re.MULTILINE)
     text = re.sub(r"^(#+ .*?)\s*\{[^}]*\}\s*$", r"\1", text, flags=re.MULTILINE)
     text = re.sub(r"\]\(([^)#\s]+\.(?:ipynb|qmd))(#[^)]*)?\)", lambda m: _link(m, links), text)
     return mathml(text)
@@ -300,7 +339,10 @@ def tidy(nb, links: dict[str, str]):
         cell.metadata["tags"] = ["no-input"] if options.get("echo") == "false" or not cell.source else []
         if options.get("output") == "false":
             cell.outputs = []
+        alt = options.get("fig-alt", options.get("fig-cap", "")).strip("\"'")
         for out in cell.outputs:
+            if "image/png" in out.get("data", {}) and alt:
+                out.metadata["image/png"] = {"alt": alt}
             if "text/markdown" in out.get("data", {}):
                 out.data["text/markdown"] = plain_markdown(out.data["text/markdown"], links)
         if cell.outputs or "no-input" not in cell.metadata["tags"]:
@@ -315,14 +357,25 @@ PAGE = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
+<link rel="icon" href="data:,">
 <link rel="stylesheet" href="{up}preview.css">
+<script src="{up}preview.js" data-up="{up}"></script>
 </head>
 <body>
-<nav>
+<header>
+<button id="menu" aria-expanded="false" aria-controls="pages">Pages</button>
+<a class="home" href="{up}index.html">dilated-attention-nb</a>
+<div role="search">
+<input id="search" type="search" placeholder="Search" aria-label="Search the site" autocomplete="off">
+<ul id="results" hidden></ul></div>
+<button id="theme" aria-label="Light or dark">◐</button>
+</header>
+<nav id="pages" aria-label="Pages">
 {nav}
 </nav>
 <main>
 {body}
+{along}
 </main>
 </body>
 </html>
@@ -338,6 +391,31 @@ def navigation(pages: list[Page], here: Page) -> str:
             mark = ' class="here"' if page == here else ""
             lines.append(f'<a href="{up}{page.target.as_posix()}"{mark}>{html.escape(page.title)}</a>')
     return "\n".join(lines)
+
+
+def along(pages: list[Page], here: Page) -> str:
+    "Links to the page before and the page after."
+    line = [page for group in sections(pages).values() for page in group]
+    at, up = line.index(here), "../" * len(here.target.parent.parts)
+    found = [(line[at - 1], "prev", "← ")] if at else []
+    found += [(line[at + 1], "next", "→ ")] if at + 1 < len(line) else []
+    links = "".join(
+        f'<a rel="{rel}" href="{up}{p.target.as_posix()}">{arrow}{html.escape(p.title)}</a>' for p, rel, arrow in found
+    )
+    return f'<footer class="along">{links}</footer>'
+
+
+def search_entries(page: Page, body: str) -> list[dict[str, str]]:
+    "A page for the search: one entry for each heading, with the words below it."
+    pieces = re.split(
+        r'<h[1-4] id="([^"]*)"[^>]*>(.*?)</h[1-4]>', re.sub(r"<(script|style|math)\b.*?</\1>", " ", body, flags=re.S)
+    )
+    entries = []
+    for anchor, head, text in zip(pieces[1::3], pieces[2::3], pieces[3::3]):
+        plain = [re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", x))).strip(" ¶") for x in (head, text)]
+        place = f"{page.target.as_posix()}#{anchor}"
+        entries.append({"page": page.title, "head": plain[0], "text": plain[1][:1500], "url": place})
+    return entries
 
 
 def preview(pages: list[Page], proc: Path, out: Path) -> None:
@@ -356,15 +434,23 @@ def preview(pages: list[Page], proc: Path, out: Path) -> None:
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
+    index: list[dict[str, str]] = []
     for page in pages:
         body, _ = exporter.from_notebook_node(tidy(as_notebook(proc / page.source), links))
         body = ANCHOR.sub(lambda m: m[1] + m[2].lower(), body)  # as Quarto writes them, and links expect
         target = part / page.target
         target.parent.mkdir(parents=True, exist_ok=True)
         up = "../" * len(page.target.parent.parts)
-        text = PAGE.format(title=html.escape(page.title), up=up, nav=navigation(pages, page), body=body)
+        parts = dict(nav=navigation(pages, page), body=body, along=along(pages, page))
+        text = PAGE.format(title=html.escape(page.title), up=up, **parts)
         target.write_text(text, encoding="utf-8")
-    shutil.copy2(Path(__file__).with_name("preview.css"), part / "preview.css")
+        index += search_entries(page, body)
+    (part / "search-index.js").write_text("window.SEARCH = " + json.dumps(index, ensure_ascii=False), encoding="utf-8")
+    for name in ("preview.css", "preview.js"):
+        shutil.copy2(Path(__file__).with_name(name), part / name)
+    for extra in [path for kind in FILES for path in (proc / "nbs").rglob(kind)]:
+        (part / extra.relative_to(proc)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(extra, part / extra.relative_to(proc))
     for folder in ("images", "nbs/images"):
         if (proc / folder).is_dir():
             shutil.copytree(proc / folder, part / folder)
