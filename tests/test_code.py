@@ -1,4 +1,4 @@
-"""The code of the package as a tree: one of each, nothing dead, nothing that catches or keeps everything; and its metadata."""
+"""The code as trees: one of each, nothing dead, nothing that catches or keeps everything; and its metadata."""
 
 import ast
 import importlib
@@ -101,7 +101,7 @@ def test_one_place_that_computes_attention():
 
 
 def test_one_place_that_scores():
-    "Products of all queries with all keys, as an einsum or after a transpose: `partial`, its judge, and the scorer of blocks."
+    "Products of all queries with all keys, written as an einsum: `partial`, its judge, and the scorer of blocks."
     found = set()
     for module, tree in TREES.items():
         for where, node in scopes(tree):
@@ -443,7 +443,12 @@ def test_nothing_needs_flash_attn():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "trained", done.stderr
-    importing = [m for m, t in TREES.items() for n in ast.walk(t) if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("flash_attn")]  # fmt: skip
+    importing = [
+        module
+        for module, tree in TREES.items()
+        for n in ast.walk(tree)
+        if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("flash_attn")
+    ]
     assert set(importing) - OTHER_SYSTEMS == {"partial"}
 
 

@@ -36,18 +36,43 @@ GENERATED = (
 )
 # Names of other systems, which the documents compare with or explain: (name, whose).
 FOREIGN = {
-    "all_gather": "torch.distributed", "batch_isend_irecv": "torch.distributed", "sendrecv": "a call that does not exist",
-    "set_": "a method of tensors", "save_for_backward": "autograd", "deepcopy": "copy", "malloc": "C",
-    "M_MMAP_THRESHOLD": "C", "DilatedTransformerEncoderLayer": "fkodom", "DilatedTransformerDecoderLayer": "fkodom",
-    "LongNetLM": "fkodom", "num_tokens": "fkodom", "softmax_scale": "fkodom and DarcStar", "attention_mask": "DarcStar and transformers",
-    "attention_dropout": "fkodom", "op": "fkodom", "blockSize": "DarcStar", "flash_attn_func": "flash-attn",
-    "ImprovedMultiheadDilatedAttention": "DarcStar", "LongNet(d_model": "DarcStar", "clear_unused_buffers": "DarcStar",
-    "_cached_indices": "DarcStar", "_factory_kwargs": "DarcStar", "_init_qkv_projections": "DarcStar",
-    "get_memory_info": "DarcStar", "multihead_config": "DarcStar", "EncoderConfig": "torchscale",
-    "slide_encoder": "GigaPath", "incremental_state": "torchscale", "xpos_scale_base": "torchscale",
-    "ring_advanced_distributed_dilated_attention": "DarcStar", "WeakValueDictionary": "weakref",
-    "zeros_like": "torch", "move_to_end": "OrderedDict", "no_grad": "torch", "scaled_dot_product_attention": "torch",
-}  # fmt: skip
+    "all_gather": "torch.distributed",
+    "batch_isend_irecv": "torch.distributed",
+    "sendrecv": "a call that does not exist",
+    "set_": "a method of tensors",
+    "save_for_backward": "autograd",
+    "deepcopy": "copy",
+    "malloc": "C",
+    "M_MMAP_THRESHOLD": "C",
+    "DilatedTransformerEncoderLayer": "fkodom",
+    "DilatedTransformerDecoderLayer": "fkodom",
+    "LongNetLM": "fkodom",
+    "num_tokens": "fkodom",
+    "softmax_scale": "fkodom and DarcStar",
+    "attention_mask": "DarcStar and transformers",
+    "attention_dropout": "fkodom",
+    "op": "fkodom",
+    "blockSize": "DarcStar",
+    "flash_attn_func": "flash-attn",
+    "ImprovedMultiheadDilatedAttention": "DarcStar",
+    "LongNet(d_model": "DarcStar",
+    "clear_unused_buffers": "DarcStar",
+    "_cached_indices": "DarcStar",
+    "_factory_kwargs": "DarcStar",
+    "_init_qkv_projections": "DarcStar",
+    "get_memory_info": "DarcStar",
+    "multihead_config": "DarcStar",
+    "EncoderConfig": "torchscale",
+    "slide_encoder": "GigaPath",
+    "incremental_state": "torchscale",
+    "xpos_scale_base": "torchscale",
+    "ring_advanced_distributed_dilated_attention": "DarcStar",
+    "WeakValueDictionary": "weakref",
+    "zeros_like": "torch",
+    "move_to_end": "OrderedDict",
+    "no_grad": "torch",
+    "scaled_dot_product_attention": "torch",
+}
 NOTATION = {"kv_h", "eps_sum", "NUMBER", "PARAMETER"}  # sizes and formulas in docstrings
 PATH = re.compile(r"[\w.*/-]+\.(?:py|ipynb|qmd|md|jsonl|json|ini|toml|txt|yml|css|png|npz|safetensors)(?!\w)")
 
@@ -360,7 +385,8 @@ def test_the_check_of_guards_finds_what_is_wrong(tmp_path):
         f"# Defects\n\n{defects.START}\n{defects.END}",
         "### One\n\n- **From:** a report\n- **It did:** harm\n- **Layer:** [ring](09_ring.ipynb#a-heading)\n"
         "- **Guard:** `tests/test_old.py::test_here`",
-        "### Two\n\n- **From:** a report\n- **Layer:** [ring](09_ring.ipynb#nowhere)\n- **Guard:** `tests/test_a.py::test_not`",
+        "### Two\n\n- **From:** a report\n- **Layer:** [ring](09_ring.ipynb#nowhere)\n"
+        "- **Guard:** `tests/test_a.py::test_not`",
     ]
     (tmp_path / "nbs").mkdir()
     (tmp_path / "tests").mkdir()
