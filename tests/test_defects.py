@@ -1,0 +1,767 @@
+"""The faults of other systems as properties that every path of this one has: see nbs/18_defects.ipynb.
+
+A path is a way to compute attention: readable, improved, within a multi-head layer, on a simulated ring, token by token
+from a cache, and along a pattern of blocks (of all blocks: then it is full attention).
+"""
+
+import copy
+import gc
+import json
+import pickle
+import sys
+import threading
+import weakref
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dilated_attention_nb import dilated, improved, masking, partial
+from dilated_attention_nb.block_patterns import BlockPattern, PatternCache
+from dilated_attention_nb.block_sparse import BlockSparseAttention, block_sparse_attention
+from dilated_attention_nb.config import (
+    DilatedAttentionConfig,
+    MemoryPoolConfig,
+    MultiheadConfig,
+    RingAttentionConfig,
+    SparseAttentionConfig,
+)
+from dilated_attention_nb.decoding import DilatedKVCache
+from dilated_attention_nb.dilated import DilatedAttention
+from dilated_attention_nb.improved import ImprovedDilatedAttention, dilated_attention
+from dilated_attention_nb.longnet import LongNet, LongNetConfig
+from dilated_attention_nb.masking import attention_counts, causal_mask, head_groups, tiles
+from dilated_attention_nb.memory_pool import UnifiedMemoryPool
+from dilated_attention_nb.multihead import (
+    KINDS,
+    MultiheadDilatedAttention,
+    create_dilated_attention,
+    create_multihead_dilated_attention,
+)
+from dilated_attention_nb.partial import attend, math_backward
+from dilated_attention_nb.ring import RingDilatedAttention, simulate_ring
+from dilated_attention_nb.testing import assert_causal, check_against_oracle, make_qkv, oracle_attention
+
+ROOT = Path(__file__).resolve().parent.parent
+RING = sys.modules[RingDilatedAttention.__module__]
+
+# ---------------------------------------------------------------- all paths
+
+
+def readable(q, k, v, is_causal=False, key_padding_mask=None, **options) -> Tensor:
+    return DilatedAttention(DilatedAttentionConfig(**options))(q, k, v, is_causal, key_padding_mask)
+
+
+def fast(q, k, v, is_causal=False, key_padding_mask=None, **options) -> Tensor:
+    return ImprovedDilatedAttention(DilatedAttentionConfig(**options))(q, k, v, is_causal, key_padding_mask)
+
+
+def multihead(q, k, v, is_causal=False, key_padding_mask=None, **options) -> Tensor:
+    "A layer whose projections change nothing."
+    h, d = q.shape[2:]
+    layer = MultiheadDilatedAttention(
+        MultiheadConfig(h * d, h, bias=False, layer_norm=False), DilatedAttentionConfig(**options, dtype=q.dtype)
+    )
+    with torch.no_grad():
+        for linear in (layer.q_proj, layer.k_proj, layer.v_proj, layer.out_proj):
+            torch.nn.init.eye_(linear.weight)
+    out, _ = layer(q.flatten(2), k.flatten(2), v.flatten(2), key_padding_mask, is_causal=is_causal)
+    return out.unflatten(2, (h, d))
+
+
+def on_a_ring(size: int, layout: str = "contiguous"):
+    def run(q, k, v, is_causal=False, key_padding_mask=None, **options) -> Tensor:
+        config = RingAttentionConfig(**options, layout=layout, block_size=16)
+        return simulate_ring(q, k, v, config, size, is_causal, key_padding_mask)
+
+    return run
+
+
+def token_by_token(q, k, v, is_causal=True, key_padding_mask=None, **options) -> Tensor:
+    b, n, h, d = q.shape
+    cache = DilatedKVCache(DilatedAttentionConfig(**options), h, d, b, dtype=q.dtype)
+    pads = [None] * n if key_padding_mask is None else key_padding_mask.split(1, 1)
+    return torch.cat([cache(*x, True, pad) for *x, pad in zip(*(y.split(1, 1) for y in (q, k, v)), pads)], 1)
+
+
+def in_blocks(q, k, v, is_causal=False, key_padding_mask=None, **_) -> Tensor:
+    rows = -(-q.shape[1] // 16)
+    pattern = BlockPattern.from_dense(torch.ones(1, 1, rows, rows, dtype=torch.bool), 16, (q.shape[1], k.shape[1]))
+    return block_sparse_attention(q, k, v, pattern, is_causal=is_causal, key_padding_mask=key_padding_mask)
+
+
+PATHS = {
+    "readable": readable, "improved": fast, "multihead": multihead, "ring": on_a_ring(2),
+    "zigzag": on_a_ring(2, "zigzag"), "decoding": token_by_token, "block_sparse": in_blocks,
+}  # fmt: skip
+paths = pytest.mark.parametrize("path", PATHS)
+ONE_WAY = {"decoding"}  # causal only, without gradients
+
+
+@st.composite
+def cases(draw):
+    "Options of a short call that all paths take: n a multiple of 4 with ragged ends, one to three branches."
+    n = 4 * draw(st.integers(2, 7))
+    branches = draw(
+        st.lists(st.tuples(st.sampled_from([2, 4, 6, 8, 16, n, 40]), st.integers(1, 4)), min_size=1, max_size=3)
+    )
+    ws, rs = zip(*branches)
+    mixing = draw(st.sampled_from(["groups", "softmax"]))
+    options = dict(segment_lengths=ws, dilation_rates=rs, mixing=mixing, ragged="mask")
+    return n, draw(st.integers(3, 5)), draw(st.integers(0, 9)), options
+
+
+def expected_options(path: str, n: int, options: dict) -> dict:
+    "What the path computes: in blocks it is full attention."
+    return dict(segment_lengths=(n,), dilation_rates=(1,), mixing="softmax") if path == "block_sparse" else options
+
+
+@paths
+@settings(max_examples=15)
+@given(case=cases(), data=st.data())
+def test_no_path_leaks_the_future(path, case, data):
+    "fkodom's normalisation, wrapped grids, triangles in every block, unmasked chunks of a ring."
+    n, h, seed, options = case
+    q, k, v = make_qkv(1, n, h, 8, seed=seed)
+    t = data.draw(st.integers(1, n - 1))
+    if path not in ONE_WAY:
+        assert_causal(lambda *x: PATHS[path](*x, is_causal=True, **options), q, k, v, t)
+        return
+    other = [torch.cat([x[:, :t], 10 * torch.randn_like(x[:, t:])], 1) for x in (q, k, v)]
+    assert torch.equal(PATHS[path](*other, **options)[:, :t], PATHS[path](q, k, v, **options)[:, :t])
+
+
+@paths
+@settings(max_examples=15)
+@given(case=cases(), is_causal=st.booleans(), padded=st.booleans())
+def test_every_path_averages_the_values(path, case, is_causal, padded):
+    "Weights of a row sum to 1 (softmaxes of blocks that are added: to 3 or 5), or to 0 where there is no key."
+    n, h, seed, options = case
+    q, k, v = make_qkv(1, n, h, 8, seed=seed)
+    is_causal = is_causal or path in ONE_WAY
+    mask = torch.rand(1, n, generator=torch.Generator().manual_seed(seed)) < 0.3 if padded else None
+    out = PATHS[path](q, k, torch.ones_like(v), is_causal=is_causal, key_padding_mask=mask, **options)
+    wanted = expected_options(path, n, options)
+    branches, mixing = (wanted["segment_lengths"], wanted["dilation_rates"]), wanted["mixing"]
+    counts = attention_counts(n, n, h, *branches, is_causal=is_causal, mixing=mixing)
+    seen = counts if mask is None else counts * ~mask[0]
+    share = 1 / len(wanted["segment_lengths"]) if wanted["mixing"] == "groups" else 1.0
+    sums = (seen.sum(2) > 0).float().T[None, :, :, None] * share
+    assert torch.allclose(out, sums.expand_as(out), atol=1e-6)
+
+
+@paths
+@settings(max_examples=12)
+@given(case=cases(), is_causal=st.booleans())
+def test_every_path_shares_heads_alike(path, case, is_causal):
+    "Equal to the oracle, gradients too: heads left over go to the first groups, segments count, every rank takes part."
+    n, h, seed, options = case
+    q, k, v = make_qkv(1, n, h, 8, seed=seed)
+    is_causal, wanted = is_causal or path in ONE_WAY, expected_options(path, n, options)
+    grad = path not in ONE_WAY
+    check_against_oracle(
+        lambda *x: PATHS[path](*x, is_causal=is_causal, **options), q, k, v, **wanted, is_causal=is_causal, grad=grad
+    )
+
+
+@paths
+def test_what_padding_holds_does_not_matter(path):
+    "torchscale ignores its key_padding_mask, and zeros of ragged ends count as keys."
+    q, k, v = make_qkv(1, 24, 4, 8)
+    mask = torch.arange(24)[None] < 5
+    options = dict(segment_lengths=(8, 24), dilation_rates=(1, 2), ragged="mask")
+    found = []
+    for fill in (0.0, 1000.0):
+        other = [torch.where(mask[..., None, None], fill, x) for x in (k, v)]
+        found.append(PATHS[path](q, *other, is_causal=True, key_padding_mask=mask, **options)[:, 5:])
+    assert torch.equal(*found)
+
+
+@paths
+def test_every_path_takes_the_same_layout(path):
+    "With as many heads as tokens, a transposed tensor has the right shape: the numbers tell."
+    q, k, v = make_qkv(1, 16, 16, 8)
+    options = dict(segment_lengths=(16,), dilation_rates=(1,), mixing="softmax", ragged="mask")
+    exact, _ = oracle_attention(q, k, v, (16,), (1,), mixing="softmax", is_causal=True)
+    out = PATHS[path](q, k, v, is_causal=True, **options)
+    assert (out - exact).abs().max() < 1e-5
+    assert (out.transpose(1, 2) - exact).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("path", ["readable", "improved"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(segment_lengths=(8, 32)), dict(dilation_rates=(1, 2)), dict(mixing="groups"), dict(ragged="zeros"),
+        dict(offsets="interleaved"), dict(is_causal=True), dict(key_padding_mask=torch.arange(32)[None] < 3),
+    ],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_every_option_has_an_effect(path, change):
+    "Accepted and ignored: an effect of 0.0."
+    q, k, v = make_qkv(1, 32, 4, 8)
+    base = dict(segment_lengths=(8, 16), dilation_rates=(1, 3), mixing="softmax", ragged="mask")
+    assert (PATHS[path](q, k, v, **base | change) - PATHS[path](q, k, v, **base)).abs().max() > 0.01
+
+
+@paths
+def test_shapes_that_do_not_fit_are_refused(path):
+    "By name, before anything is computed; a batch of 1 is not broadcast."
+    q, k, v = make_qkv(2, 16, 4, 8)
+    options = dict(segment_lengths=(16,), dilation_rates=(1,), ragged="mask")
+    for wrong in ((q, k[:1], v[:1]), (q, k, v[:, :, :, :4]), (q, k, v.double()), (q.long(), k, v)):
+        with pytest.raises((ValueError, TypeError), match="must"):
+            PATHS[path](*wrong, is_causal=True, **options)
+
+
+# ---------------------------------------------------------------- the checks themselves
+
+
+def across_heads(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def detached_weights(q, k, v):
+    one, two = attend(q, k, v), attend(q[:, ::2], k[:, ::2], v[:, ::2])
+    out, lse = torch.zeros_like(q), torch.full_like(one[1], -torch.inf)
+    out = out.index_copy(1, torch.arange(0, q.shape[1], 2), two[0])
+    lse = lse.index_copy(1, torch.arange(0, q.shape[1], 2), two[1])
+    weight = torch.stack([one[1], lse]).softmax(0).detach()[..., None]
+    return weight[0] * one[0] + weight[1] * out
+
+
+class KeysGetTheValuesGradientToo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out, lse = attend(q, k, v, backend="math")
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        swapped = [x.transpose(1, 2) for x in (dout, *ctx.saved_tensors)]
+        dq, dk, dv = (x.transpose(1, 2) for x in math_backward(*swapped, None, False, dout.shape[-1] ** -0.5))
+        return dq, dk + dv, dv
+
+
+def softmax_per_block(q, k, v):
+    return sum(attend(q, k[:, a : a + 8], v[:, a : a + 8])[0] for a in range(0, k.shape[1], 8))
+
+
+def excluded_own_rank(q, k, v):
+    return torch.cat([attend(q[:, :8], k[:, 8:], v[:, 8:])[0], attend(q[:, 8:], k[:, :8], v[:, :8])[0]], 1)
+
+
+WRONG = {
+    "softmax per block": softmax_per_block,
+    "own rank excluded": excluded_own_rank,
+    "dk + dv": KeysGetTheValuesGradientToo.apply,
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_error_budgets_catch_wrong_versions(name, dtype):
+    q, k, v = make_qkv(1, 16, 4, 8, dtype=dtype)
+    with pytest.raises(AssertionError, match="times the"):
+        check_against_oracle(WRONG[name], q, k, v, (16,), (1,))
+
+
+def test_attending_across_heads_is_caught():
+    "By the budget, and by the probe that needs no reference: token 1 must matter to token 0."
+    q, k, v = make_qkv(1, 16, 4, 8)
+    with pytest.raises(AssertionError, match="times the"):
+        check_against_oracle(across_heads, q, k, v, (16,), (1,))
+    other = v.clone()
+    other[:, 1] += 1
+    assert torch.equal(across_heads(q, k, other)[:, 0], across_heads(q, k, v)[:, 0])
+    for path in ("readable", "improved", "multihead", "ring", "block_sparse"):
+        options = dict(segment_lengths=(16,), dilation_rates=(1,), ragged="mask")
+        assert (PATHS[path](q, k, other, **options) - PATHS[path](q, k, v, **options))[:, 0].abs().max() > 0.01
+
+
+def test_detached_branch_weights_are_caught():
+    "The output passes and dv does; dq does not."
+    q, k, v = make_qkv(1, 16, 1, 8)
+    options = dict(segment_lengths=(16, 16), dilation_rates=(1, 2), mixing="softmax")
+    check_against_oracle(detached_weights, q, k, v, **options, grad=False)
+    with pytest.raises(AssertionError, match="^d[qk]"):
+        check_against_oracle(detached_weights, q, k, v, **options)
+
+
+def test_stored_comparison_is_of_equal_functions():
+    "benchmarks/defects.json: standard and improved are one function there, the one across heads is another."
+    stored = json.loads((ROOT / "benchmarks/defects.json").read_text())["phase_1_1"]
+    assert [row["n"] for row in stored["rows"]] == [2048, 4096, 8192, 16384]
+    assert (stored["batch"], stored["heads"], stored["head_dim"]) == (1, 8, 64)
+    assert all(stored[key] for key in ("device", "dtype", "threads", "torch", "date"))
+    for row in stored["rows"]:
+        assert max(row["standard_difference"], row["improved_difference"]) < 1e-5 < 0.5 < row["across_heads_difference"]
+        assert row["speedup"] > 1 and row["across_heads_ms"] < row["improved_ms"]
+
+
+# ---------------------------------------------------------------- dropout
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 8), st.sampled_from([0.1, 0.5, 0.8]), st.integers(0, 10**6))
+def test_normalising_before_dropout(groups, p, seed):
+    "With a constant divisor the order makes no difference: same values, same gradients, for every mask."
+    x = torch.randn(64, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, requires_grad=True)
+    found = []
+    for before in (True, False):
+        torch.manual_seed(seed)
+        out = F.dropout(x / groups, p) if before else F.dropout(x, p) / groups
+        found.append((out, torch.autograd.grad(out.sum(), x)[0]))
+    assert torch.allclose(*(out for out, _ in found)) and torch.allclose(*(grad for _, grad in found))
+    kept = found[0][0] != 0
+    assert torch.allclose(found[0][1], kept.double() / (1 - p) / groups)
+
+
+def test_dropout_keeps_the_mean_of_value_and_gradient():
+    "Of the modules: over 300 masks, to six standard errors."
+    q, k, v = make_qkv(1, 16, 4, 8, dtype=torch.float64)
+    for kind in (DilatedAttention, ImprovedDilatedAttention):
+        module = kind(DilatedAttentionConfig((8, 16), (1, 2), dropout=0.5))
+        leaf = v.clone().requires_grad_()
+        outs = [module(q, k, leaf) for _ in range(300)]
+        grads = torch.stack([torch.autograd.grad(out.sum(), leaf)[0] for out in outs])
+        plain = module.eval()(q, k, leaf)
+        exact = torch.autograd.grad(plain.sum(), leaf)[0]
+        mean = torch.stack(outs).detach().mean(0)
+        assert ((mean - plain).abs() <= 6 * plain.abs().clamp(min=1e-12) / 300**0.5).all()
+        spread = grads.std(0).clamp(min=1e-12)
+        assert ((grads.mean(0) - exact).abs() <= 6 * spread / 300**0.5).all()
+
+
+# ---------------------------------------------------------------- counted work
+
+
+class Counted(TorchDispatchMode):
+    "How often each of PyTorch's operations runs."
+
+    def __init__(self):
+        super().__init__()
+        self.counts = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.counts[name] = self.counts.get(name, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+    def of(self, *names):
+        return sum(self.counts.get(name, 0) for name in names)
+
+
+FLASH = "_scaled_dot_product_flash_attention_for_cpu"
+ALLOCATE = (
+    "empty",
+    "new_empty",
+    "zeros",
+    "zeros_like",
+    "new_zeros",
+    "empty_like",
+    "full",
+    "full_like",
+    "ones",
+    "clone",
+)
+COPY = ("copy_", "clone", "_to_copy", "index_select", "cat")
+BRANCHES = [((8, 32), (1, 2)), ((8, 16, 32), (1, 2, 4)), ((32,), (1,)), ((16, 16), (2, 3))]
+
+
+def planned(sizes: tuple[int, int, int], plan: tuple, backward: bool, groups: bool, h: int, n: int) -> tuple[int, int]:
+    "Copies and allocations of a float32 call in one portion, from its plan."
+    b, d, divisor = sizes
+    whole = [improved._covers(plan[0], h, torch.empty(b, n, h, d, device="meta"))] if plan else [False]
+    copies, room, grown = 0, {}, 0
+    for tile in plan:
+        rows, keys = improved.sides(tile)
+        store = groups or (whole[0] and tile is plan[0])
+        sides = [("dout", rows), ("q", rows), ("k", keys), ("v", keys), ("out", rows)] if backward else [
+            ("q", rows), ("k", keys), ("v", keys)]  # fmt: skip
+        for name, side in sides + ([("lse", rows)] if backward else []):
+            copies += len(side)
+            count = tile.size[0] if side is rows else tile.size[1]
+            size = b * tile.segments * tile.num_heads * count * (1 if name == "lse" else d)
+            if size > room.get(name, 0):
+                room[name], grown = size, grown + 1
+        if backward:
+            copies += (len(rows) + 2 * len(keys)) * store  # else they are added
+        elif store:
+            copies += len(rows) * (1 + (divisor == 1))  # lse, and out unless it is divided into place
+        else:
+            copies += len(rows)  # merged into out; lse is written
+    return copies, grown
+
+
+@pytest.mark.parametrize("branches", BRANCHES, ids=str)
+@pytest.mark.parametrize("mixing", ["groups", "softmax"])
+@pytest.mark.parametrize("backward", [False, True])
+def test_allocations_and_copies_are_those_planned(branches, mixing, backward):
+    "Each grid copied once, each result written once; one workspace for each tensor, grown to the largest grid."
+    b, n, h, d = 2, 32, 4, 8
+    q, k, v = make_qkv(b, n, h, d)
+    options = (*map(list, branches), False, mixing, "blocked", "error", d**-0.5, "auto", True)
+    plan, groups = tiles(n, n, h, h, *branches, mixing), mixing == "groups"
+    divisor = len(branches[0]) if groups else 1
+    out, lse = improved.forward_op._init_fn(q, k, v, None, *options)
+    with Counted() as work:
+        if backward:
+            improved.backward_op._init_fn(torch.randn_like(q), q, k, v, out, lse, None, *options)
+        else:
+            improved.forward_op._init_fn(q, k, v, None, *options)
+    copies, grown = planned((b, d, divisor), plan, backward, groups, h, n)
+    assert work.of(FLASH + "_backward" * backward) == len(plan)
+    assert work.of(*COPY) == copies, work.counts
+    assert work.of(*ALLOCATE) == grown + (3 if backward else 2), work.counts
+
+
+@pytest.mark.parametrize("branches", BRANCHES, ids=str)
+def test_bfloat16_keys_are_read_where_they_lie(branches):
+    q, k, v = make_qkv(2, 32, 4, 8, dtype=torch.bfloat16)
+    options = (*map(list, branches), False, "groups", "blocked", "error", 8**-0.5, "auto", True)
+    with Counted() as work:
+        improved.forward_op._init_fn(q, k, v, None, *options)
+    plan = tiles(32, 32, 4, 4, *branches, "groups")
+    pieces = sum(len(tile.pieces) for tile in plan)
+    assert work.of(*COPY) == pieces * (2 + (len(branches[0]) == 1))  # q in, lse out; out unless it is divided
+
+
+def test_every_tile_enters_the_output():
+    "Nothing is computed and thrown away: without any one of its tiles the output is another."
+    q, k, v = make_qkv(1, 32, 4, 8)
+    plan = tiles(32, 32, 4, 4, (8, 16, 32), (1, 2, 4), "softmax")
+    whole = dilated_attention(q, k, v, (8, 16, 32), (1, 2, 4), mixing="softmax")
+    for left_out in range(len(plan)):
+        rest = plan[:left_out] + plan[left_out + 1 :]
+        with mock.patch.object(improved, "tiles", return_value=rest):
+            assert (dilated_attention(q, k, v, (8, 16, 32), (1, 2, 4), mixing="softmax") - whole).abs().max() > 1e-3
+
+
+def test_causal_mask_is_one_comparison():
+    "As many operations for 4 tokens as for 400, and equal to the loop."
+    counts = []
+    for nq, nk in ((4, 4), (3, 7), (300, 400)):
+        with Counted() as work:
+            mask = causal_mask(nq, nk)
+        counts.append(sum(work.counts.values()))
+        if nk < 10:
+            assert mask.tolist() == [[j <= i + nk - nq for j in range(nk)] for i in range(nq)]
+    assert len(set(counts)) == 1
+
+
+def test_grids_are_made_once():
+    "The first call of a kind makes them, later ones find them: of all paths that keep any."
+    q, k, v = make_qkv(1, 32, 4, 8)
+    for path in (readable, fast):
+        tiles.cache_clear()
+        asked = []
+        for _ in range(4):
+            with mock.patch.object(masking, "branch_heads", wraps=masking.branch_heads) as heads:
+                path(q, k, v, segment_lengths=(8, 32), dilation_rates=(1, 2))
+            asked.append(heads.call_count)
+        info = tiles.cache_info()
+        assert asked == [2, 0, 0, 0] and (info.misses, info.hits) == (1, 3)
+    ring = RingDilatedAttention(RingAttentionConfig((8, 32), (1, 2)))
+    plan = sys.modules[RING.make_plan.__module__]
+    with mock.patch.object(plan, "branch_heads", wraps=masking.branch_heads) as heads:
+        asked = []
+        for _ in range(3):
+            ring(q, k, v)
+            asked.append(heads.call_count)
+        assert asked[0] > 0 and asked == [asked[0]] * 3
+    sparse = BlockSparseAttention(SparseAttentionConfig((32,), (1,), block_size=16))
+    for _ in range(3):
+        sparse(q, k, v)
+    assert sparse.cache.made == 1
+
+
+# ---------------------------------------------------------------- state
+
+
+def modules() -> list[torch.nn.Module]:
+    "Every attention of the package, and a model."
+    branches = (8, 32), (1, 2)
+    return [
+        DilatedAttention(DilatedAttentionConfig(*branches, mixing="softmax")),
+        ImprovedDilatedAttention(DilatedAttentionConfig(*branches, mixing="softmax")),
+        RingDilatedAttention(RingAttentionConfig(*branches)),
+        BlockSparseAttention(SparseAttentionConfig(*branches, block_size=16)),
+        BlockSparseAttention(
+            SparseAttentionConfig(
+                *branches, block_size=16, pattern_type="adaptive", enable_adaptive=True, head_dim=8, sparsity_ratio=0.5
+            )
+        ),
+    ]
+
+
+each_module = pytest.mark.parametrize(
+    "which", range(len(modules())), ids=lambda i: f"{i}-{type(modules()[i]).__name__}"
+)
+
+
+@each_module
+def test_every_attention_works_at_once(which):
+    "Directly after its construction, and again: no attribute is missing, no cache changes its type."
+    q, k, v = make_qkv(1, 32, 4, 8)
+    module = modules()[which].eval()
+    assert torch.equal(module(q, k, v), module(q, k, v))
+    assert type(module).__mro__[1] is torch.nn.Module
+
+
+@each_module
+def test_copies_work_twice(which):
+    "Deep copies and pickles, made before and after a call; as `nn.TransformerEncoder` makes them of its layer."
+    q, k, v = make_qkv(1, 32, 4, 8)
+    module = modules()[which].eval()
+    twins = [copy.deepcopy(module)]
+    expected = module(q, k, v)
+    twins.append(copy.deepcopy(module))
+    if not isinstance(module, RingDilatedAttention):
+        twins.append(pickle.loads(pickle.dumps(module)))
+    for twin in twins:
+        assert torch.equal(twin(q, k, v), expected) and torch.equal(twin(q, k, v), expected)
+
+
+def test_copies_of_a_model_work_twice():
+    model = LongNet(LongNetConfig(32, 2, 4, segment_lengths=(8, 32), dilation_rates=(1, 2), vocab_size=16)).eval()
+    tokens = torch.arange(32)[None] % 16
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(tokens), model(tokens)) and torch.equal(twin(tokens), model(tokens))
+
+
+@each_module
+def test_modules_own_their_state(which):
+    "No class holds anything that changes; what one module does leaves another as it was."
+    q, k, v = make_qkv(1, 32, 4, 8)
+    one, other = modules()[which], modules()[which]
+    before = {name: repr(value) for name, value in vars(other).items() if not name.startswith("_buffers")}
+    kept = {name: value for name, value in vars(one).items() if isinstance(value, (dict, list, set))}
+    shared = {name for name, value in kept.items() if value is vars(other)[name]}
+    one(q, k, v)
+    assert not shared and {n: repr(x) for n, x in vars(other).items() if not n.startswith("_buffers")} == before
+    for cls in type(one).__mro__:
+        if cls.__module__.startswith("dilated_attention_nb"):
+            assert not [n for n, x in vars(cls).items() if isinstance(x, (dict, list, set)) and not n.startswith("__")]
+
+
+@each_module
+def test_layers_die_when_they_are_dropped(which):
+    "Module and results, after a forward and a backward pass, without the garbage collector: there are no cycles."
+    q, k, v = make_qkv(1, 32, 4, 8)
+    module = modules()[which]
+    leaf = q.clone().requires_grad_()
+    module(leaf, k, v).sum().backward()  # what is made once for the class is made now
+    del module
+    gc.collect()
+    gc.disable()
+    try:
+        module = modules()[which]
+        out = module(leaf, k, v)
+        out.sum().backward()
+        watched = [weakref.ref(module), weakref.ref(out)]
+        del module, out
+        assert [x() for x in watched] == [None, None]
+    finally:
+        gc.enable()
+
+
+@each_module
+def test_threads_get_what_they_would_get_alone(which):
+    "One module, eight threads, forward and backward; the adaptive one, whose scorer draws rows, forward only."
+    module = modules()[which].eval()
+    inputs = [make_qkv(1, 32, 4, 8, seed=i) for i in range(8)]
+    start = threading.Barrier(8)
+
+    def step(i):
+        leaves = [x.clone().requires_grad_() for x in inputs[i]]
+        if any(True for _ in module.parameters()):
+            with torch.no_grad():
+                return [module(*leaves, is_causal=True)]
+        out = module(*leaves, is_causal=True)
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
+
+    alone, found = [step(i) for i in range(8)], [None] * 8
+
+    def work(i):
+        start.wait(timeout=60)
+        found[i] = [step(i) for _ in range(3)]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for expected, several in zip(alone, found):
+        assert all(torch.equal(a, b) for got in several for a, b in zip(expected, got))
+
+
+def test_no_locks_in_a_forward_pass():
+    "The layers that compute know no locks; nobody makes one on the way."
+    q, k, v = make_qkv(1, 32, 4, 8)
+    for layer in (masking, partial, dilated, improved, RING):
+        assert "threading" not in vars(layer), layer.__name__
+    made = modules()[:3]
+    with (
+        mock.patch.object(threading, "Lock", side_effect=AssertionError("a lock")),
+        mock.patch.object(threading, "RLock", side_effect=AssertionError("a lock")),
+    ):
+        for module in made:
+            module(q, k, v)
+
+
+def test_memory_info_before_and_after():
+    q, k, v = make_qkv(1, 32, 4, 8)
+    ring = RingDilatedAttention(RingAttentionConfig((8, 32), (1, 2)))
+    assert set(ring.memory_info().values()) == {0}
+    ring(q.clone().requires_grad_(), k, v)
+    assert ring.memory_info()["saved"] == 4 * q.nbytes + 32 * 4 * 4
+    ring(q, k, v)
+    assert ring.memory_info()["saved"] == 0
+
+
+# ---------------------------------------------------------------- buffers
+
+
+@settings(max_examples=60)
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 4)), max_size=40), st.integers(1, 4))
+def test_no_buffer_is_lent_twice(history, bound):
+    "Whatever is borrowed and returned: what is out is disjoint, what is kept is bounded."
+    pool = UnifiedMemoryPool(MemoryPoolConfig(max_pool_size=bound, hot_cache_size=min(1, bound)))
+    out: list[Tensor] = []
+    for borrow, size in history:
+        if borrow or not out:
+            out.append(pool.get_buffer((size,), torch.float32).fill_(len(out)))
+        else:
+            pool.return_buffer(out.pop(size % len(out)))
+        assert len({x.data_ptr() for x in out}) == len(out)
+        stats = pool.get_stats()
+        assert stats["buffers_lent"] == len(out) and stats["total_buffers"] <= bound
+
+
+def test_clearing_while_others_lend():
+    pool, wrong = UnifiedMemoryPool(), []
+
+    def work(i):
+        try:
+            for _ in range(300):
+                if i % 2:
+                    pool.clear()
+                else:
+                    x = pool.get_buffer((4,), torch.float32).fill_(i)
+                    assert x.eq(i).all()
+                    pool.return_buffer(x)
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    stats = pool.get_stats()
+    assert not wrong and stats["bytes_lent"] == 0 and stats["hits"] + stats["misses"] == 900
+
+
+def test_a_shared_pattern_cache_serves_many_modules():
+    cache = PatternCache(max_entries=2)
+    q, k, v = make_qkv(1, 32, 4, 8)
+    found = [BlockSparseAttention(SparseAttentionConfig((32,), (1,), block_size=16), cache)(q, k, v) for _ in range(3)]
+    assert cache.made == 1 and all(torch.equal(x, found[0]) for x in found)
+
+
+# ---------------------------------------------------------------- rings, rows, kinds
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(1, 40), st.integers(1, 6), st.sampled_from(["contiguous", "zigzag"]), st.sampled_from(["error", "mask"])
+)
+def test_ring_sizes_are_checked(n, size, layout, ragged):
+    "Any length: computed as on one device, or refused with a length that works. No token is lost."
+    config = RingAttentionConfig((4, 8), (1, 2), layout=layout, ragged=ragged)
+    q, k, v = make_qkv(1, n, 2, 8)
+    try:
+        out = simulate_ring(q, k, v, config, size)
+    except ValueError as error:
+        advised = int(str(error).split("pad to ")[1].split()[0])
+        assume(advised <= 200)
+        padded = make_qkv(1, advised, 2, 8)
+        assert simulate_ring(*padded, config, size).shape[1] == advised > n
+        return
+    one = simulate_ring(q, k, v, RingAttentionConfig((4, 8), (1, 2), ragged=ragged), 1)
+    assert torch.allclose(out, one, atol=1e-6) and out.shape == q.shape
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_a_ring_without_processes_is_refused(size):
+    "No silent fallback to one device."
+    q, k, v = make_qkv(1, 16, 2, 8)
+    with pytest.raises(ValueError, match="ring_size must be 1 without a process group"):
+        RingDilatedAttention(RingAttentionConfig((16,), (1,), ring_size=size))(q, k, v)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_backends_agree_on_rows_without_keys(is_causal):
+    "`(0, -inf)`, whatever the kernel says: PyTorch's on the CPU says lse 0."
+    q, k, v = make_qkv(2, 8, 2, 8)
+    mask = torch.zeros(2, 8, dtype=torch.bool)
+    mask[0], mask[1, :3] = True, True
+    for backend in ("math", "flash"):
+        out, lse = attend(q, k, v, is_causal=is_causal, key_padding_mask=mask, backend=backend)
+        empty = torch.zeros(2, 8, dtype=torch.bool)
+        empty[0], empty[1, :3] = True, is_causal
+        assert (lse[empty] == -torch.inf).all() and lse[~empty].isfinite().all()
+        assert not out[empty].any() and out[~empty].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_can_be_built(kind):
+    "Alone and in a layer; called twice, with gradients."
+    branches = dict(segment_lengths=(16, 32), dilation_rates=(1, 2))
+    q, k, v = make_qkv(1, 32, 4, 8, requires_grad=True)
+    attention = create_dilated_attention(kind, **branches)
+    for _ in range(2):
+        assert all(g.abs().sum() > 0 for g in torch.autograd.grad(attention(q, k, v).square().sum(), (q, k, v)))
+    layer = create_multihead_dilated_attention(kind, embed_dim=32, num_heads=4, **branches)
+    layer(torch.randn(1, 32, 32))[0].square().sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
+
+
+FIELDS = dict(
+    num_heads=2, bias=False, layer_norm=False, layer_norm_eps=0.1, gamma_init=2.0, num_kv_heads=2,
+    segment_lengths=(8, 32), dilation_rates=(1, 2), dropout=0.9, mixing="softmax",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_every_field_changes_the_layer(field):
+    "From the same seed: other numbers, or other parameters."
+
+    def built(**change):
+        torch.manual_seed(0)
+        base = dict(embed_dim=32, num_heads=4, segment_lengths=(8, 16), dilation_rates=(1, 3))
+        layer = create_multihead_dilated_attention("auto", **base | change)
+        x = torch.randn(1, 32, 32, generator=torch.Generator().manual_seed(1))
+        return layer(x)[0].detach(), sum(p.numel() for p in layer.parameters())
+
+    (one, size), (other, other_size) = built(), built(**{field: FIELDS[field]})
+    if size == other_size:
+        assert (one - other).abs().max() > 1e-3
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 16), st.integers(1, 6))
+def test_no_head_is_left_over(num_heads, branches):
+    assume(num_heads >= branches)
+    groups = head_groups(num_heads, branches)
+    assert [h for group in groups for h in group] == list(range(num_heads))
+    sizes = [len(group) for group in groups]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] - sizes[-1] <= 1
