@@ -175,8 +175,9 @@ class Task:
         size = 2**27 if device.type != "cpu" else 2**21 if dtype.itemsize <= 2 else 2**23
         numbers = self.batch * self.place.n // self.place.ring_size * self.head_dim * (self.num_heads // self.kv_heads)
         step = min(max(1, size // numbers), self.kv_heads)
-        cuts = range(0, self.kv_heads, step)
-        return tuple(replace(self, first=a, last=min(a + step, self.kv_heads)) for a in cuts)
+        last = self.kv_heads if self.last is None else self.last
+        cuts = range(self.first, last, step)
+        return tuple(replace(self, first=a, last=min(a + step, last)) for a in cuts)
 
     def strips(self, rank: int) -> Iterator[Strip]:
         "What a rank holds, by branch."
@@ -837,6 +838,12 @@ class Runner:
     def __init__(self, tasks: Sequence[Task], use_tf32: bool) -> None:
         self.tasks, self.use_tf32 = tasks, use_tf32
 
+    def portions(self) -> Iterator[tuple[slice, slice]]:
+        "Where the heads of each portion stand in the tensors, which begin with the first portion."
+        starts = [x.start for x in self.tasks[0].portion]
+        for task in self.tasks:
+            yield tuple(slice(x.start - a, x.stop - a) for x, a in zip(task.portion, starts))  # type: ignore[misc]
+
     def run(self, at: int, name: str, *tensors: Any) -> Any:
         "What the schedules `name` of portion `at` return."
         raise NotImplementedError
@@ -846,8 +853,7 @@ class Runner:
         wide = torch.promote_types(q.dtype, torch.float32)
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=wide)
         kept: dict[Any, Tensor] = {}
-        for at, task in enumerate(self.tasks):
-            qs, ks = task.portion
+        for at, (qs, ks) in enumerate(self.portions()):
             o, l, came = self.run(at, "forward", q[:, :, qs], k[:, :, ks], v[:, :, ks], mask)
             if len(self.tasks) == 1:
                 out, lse = o.to(q.dtype), l
@@ -862,8 +868,7 @@ class Runner:
     ) -> list[Tensor]:  # fmt: skip
         "dq, dk, dv."
         grads = [torch.empty_like(x) for x in (q, k, v)] if len(self.tasks) > 1 else []
-        for at, task in enumerate(self.tasks):
-            qs, ks = task.portion
+        for at, (qs, ks) in enumerate(self.portions()):
             parts = dout[:, :, qs], q[:, :, qs], k[:, :, ks], v[:, :, ks], out[:, :, qs], lse[:, :, qs]
             came = {key: x for (i, key), x in kept.items() if i == at}
             found = self.run(at, "backward", *parts, mask, came)
@@ -896,25 +901,41 @@ class Together(Runner):
 
 
 def make_task(
-    config: RingAttentionConfig, ring_size: int, shape: Sequence[int], kv_heads: int, masked: bool, is_causal: bool
-) -> Task:
+    config: RingAttentionConfig, ring_size: int, shape: Sequence[int], kv_heads: int, masked: bool, is_causal: bool,
+    part: tuple[int, int] | None = None,  # (first query head, heads of the whole layer) where these are some of them
+) -> Task:  # fmt: skip
     "The task of a call, from the shape of the whole q. Raises unless its length suits."
     b, n, h, d = shape
+    first, total = part or (0, h)
+    repeat = h // kv_heads
     check_split(n, ring_size, config.layout, config.segment_lengths if config.ragged == "error" else ())
     return Task(
-        Placement(n, ring_size, config.layout), b, h, kv_heads, d, clipped(config.segment_lengths, n),
+        Placement(n, ring_size, config.layout), b, total, total // repeat, d, clipped(config.segment_lengths, n),
         config.dilation_rates, config.mixing, config.offsets, config.ragged == "zeros" and not is_causal, is_causal,
-        masked, config.strategy,
+        masked, config.strategy, first // repeat, first // repeat + kv_heads,
     )  # fmt: skip
 
 
-def check_inputs(config: RingAttentionConfig, q: Any, k: Any, v: Any, mask: Any, is_causal: Any) -> None:
+def check_part(part: tuple[int, int] | None, heads: int, kv_heads: int) -> None:
+    "Raises unless `heads` query heads can be some of a layer's, from a given one on, with their key/value heads whole."
+    if part is None:
+        return
+    repeat, (first, total) = heads // kv_heads, (check_int("part[0]", part[0], 0), check_int("part[1]", part[1]))
+    if first % repeat or total % repeat or first + heads > total:
+        got = f"{heads} heads from {first} on, of {total}, {repeat} to each key/value head"
+        raise ValueError(complaint("part", "be whole groups of heads within the layer", got, "cut between groups"))
+
+
+def check_inputs(
+    config: RingAttentionConfig, q: Any, k: Any, v: Any, mask: Any, is_causal: Any, part: tuple[int, int] | None = None
+) -> None:
     "Raises what `dilated_attention` would, and for fewer queries than keys."
     check_flag("is_causal", is_causal)
     check_qkv(q, k, v, mask)
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_placement(name, x, config.device, config.dtype)
-    check_heads(q.shape[2], config.num_branches, config.mixing)
+    check_part(part, q.shape[2], k.shape[2])
+    check_heads(q.shape[2] if part is None else part[1], config.num_branches, config.mixing)
     if q.shape[1] != k.shape[1]:
         got = f"{q.shape[1]} queries for {k.shape[1]} keys"
         raise ValueError(complaint("q", "be as long as k on a ring", got, "decode on one device"))
@@ -956,7 +977,10 @@ def stamp(*values: Any) -> int:
 class Ring:
     "The ranks of a ring: consecutive ranks of a process group. Without a process group it is this process alone."
 
-    def __init__(self, group: dist.ProcessGroup | None = None, ring_size: int | None = None) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup | None = None, ring_size: int | None = None, overlap: bool = True
+    ) -> None:
+        self.overlap = overlap
         ready = dist.is_available() and dist.is_initialized()
         self.group = group or (dist.group.WORLD if ready else None)
         world, me = (dist.get_world_size(self.group), dist.get_rank(self.group)) if self.group else (1, 0)
@@ -1015,6 +1039,9 @@ class Ring:
                 self.finish(pending)
             else:
                 pending = self.start(exchange, tag)
+                if not self.overlap:
+                    self.finish(pending)
+                    pending = []
 
     def gather(self, x: Tensor, words: str) -> list[Tensor]:
         "The tensors of this shape and dtype of all ranks."
@@ -1072,11 +1099,13 @@ class RingDilatedAttention(nn.Module):
         config: RingAttentionConfig,
         group: dist.ProcessGroup | None = None,
         pool: UnifiedMemoryPool | None = None,  # lends buffers for messages; layers that take turns can share one
+        part: tuple[int, int] | None = None,  # (first query head, heads of the layer) if it is given some of them only
+        overlap: bool = True,  # compute while messages travel
     ) -> None:
         super().__init__()
         if not isinstance(config, RingAttentionConfig):
             raise TypeError(complaint("config", "be a RingAttentionConfig", type(config).__name__, "make it one"))
-        self.config, self.group, self.pool = config, group, pool
+        self.config, self.group, self.pool, self.part, self.overlap = config, group, pool, part, overlap
         self.record: list[Event] | None = None  # a list here gets an entry for whatever this rank does
         self._ring: Ring | None = None
         self._agreed: dict[str, None] = {}
@@ -1099,12 +1128,12 @@ class RingDilatedAttention(nn.Module):
         """
         c = self.config
         q, k, v = cast_like_autocast(q, k, v)
-        check_inputs(c, q, k, v, key_padding_mask, is_causal)
+        check_inputs(c, q, k, v, key_padding_mask, is_causal, self.part)
         ring = self.ring()
         wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         self.agree(ring, q, k, is_causal, key_padding_mask is not None, wanted)
         shape = (q.shape[0], q.shape[1] * ring.size, *q.shape[2:])
-        task = make_task(c, ring.size, shape, k.shape[2], key_padding_mask is not None, is_causal)
+        task = make_task(c, ring.size, shape, k.shape[2], key_padding_mask is not None, is_causal, self.part)
         if task not in self._plans:
             tasks = task.portions(q.device, q.dtype)
             bounded(self._plans)[task] = tuple((one, make_plan(one, ring.rank)) for one in tasks)
@@ -1138,13 +1167,13 @@ class RingDilatedAttention(nn.Module):
 
     def __deepcopy__(self, memo: Any) -> "RingDilatedAttention":
         "The copy shares group and pool: processes and buffers cannot be copied."
-        return type(self)(self.config, self.group, self.pool).train(self.training)
+        return type(self)(self.config, self.group, self.pool, self.part, self.overlap).train(self.training)
 
     def ring(self) -> Ring:
         "The ring of this process."
         default = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
         if self._ring is None or self._ring.group is not (self.group or default):
-            self._ring, self._agreed = Ring(self.group, self.config.ring_size), {}
+            self._ring, self._agreed = Ring(self.group, self.config.ring_size, self.overlap), {}
         return self._ring
 
     def agree(self, ring: Ring, q: Tensor, k: Tensor, is_causal: bool, masked: bool, wanted: bool) -> None:
@@ -1152,7 +1181,7 @@ class RingDilatedAttention(nn.Module):
         facts = {
             "the local length": q.shape[1], "the batch size": q.shape[0], "the number of heads": q.shape[2],
             "the number of key/value heads": k.shape[2], "head_dim": q.shape[3], "dtype": q.dtype,
-            "is_causal": is_causal,
+            "is_causal": is_causal, "part": self.part,
             "whether there is a key_padding_mask": masked, "whether there are gradients": wanted,
             **{f"config.{name}": value for name, value in self.config.to_dict().items() if name != "device"},
         }  # fmt: skip
