@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['training_tensors', 'put_training_tensors', 'Checkpoints', 'step_batch', 'train_elastic', 'parse_elastic',
-           'elastic_configs', 'join_processes', 'elastic_main']
+           'elastic_configs', 'elastic_main']
 
 # %% ../nbs/16b_elastic.ipynb #e08d9340
 import argparse
@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
 from .config import DistributedConfig, check_int, complaint
 from .distributed import DistributedLongNet
 from .longnet import LongNet, LongNetConfig
-from .sharded import Team
+from .sharded import Team, join_processes
 from .training import VOCAB, mixed_seed, read_corpus, write_file
 
 # %% ../nbs/16b_elastic.ipynb #ae11f46b
@@ -204,21 +204,7 @@ def elastic_configs(given: argparse.Namespace) -> tuple[LongNetConfig, Distribut
         data_engine=given.data_engine, gradient_checkpointing=given.gradient_checkpointing,
     )  # fmt: skip
 
-# %% ../nbs/16b_elastic.ipynb #8ec30446
-def join_processes() -> torch.device:
-    "Join what torchrun started (without it, this process alone); the device of this process."
-    cuda = torch.cuda.is_available()
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    if not cuda:
-        return torch.device("cpu")
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cuda", torch.cuda.current_device())
-
-
+# %% ../nbs/16b_elastic.ipynb #288f5fbe
 def elastic_main(argv: Sequence[str] | None = None) -> int:  # the exit status: 0, or 2 for bad input
     "What `torchrun ... -m dilated_attention_nb.elastic` does."
     given = parse_elastic(argv)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['share_positions', 'embed_share', 'put_ring', 'check_share', 'LongNetShare', 'MeanOverRanks', 'MeanLoss',
-           'share_in_ring', 'share_worker', 'Team', 'joined_team']
+           'share_in_ring', 'share_worker', 'Team', 'join_processes', 'joined_team']
 
 # %% ../nbs/12b_sharded.ipynb #db9ae0c0
 import json
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -238,6 +239,26 @@ class Team:
         return model if self.size == 1 else share_in_ring(model)
 
 
+def join_processes() -> torch.device:
+    """Join the processes that torchrun started (without it, this one alone); the device of this process.
+
+    After a restart torchrun may hand out the store of the attempt before, with addresses of dead processes: each attempt
+    gets keys of its own.
+    """
+    cuda = torch.cuda.is_available()
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    if "WORLD_SIZE" in os.environ:
+        store, rank, size = next(rendezvous("env://"))
+        store = dist.PrefixStore("attempt " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if not cuda:
+        return torch.device("cpu")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 @contextmanager
 def joined_team(size: int, module: str) -> Iterator[Team]:  # the module is what the advice says to start
     "The team of `size` processes that the launcher started. Raises `ValueError` if it started another number."
@@ -250,9 +271,7 @@ def joined_team(size: int, module: str) -> Iterator[Team]:  # the module is what
     if ready or size == 1:
         yield Team()
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    join_processes()
     try:
         yield Team()
     finally:
