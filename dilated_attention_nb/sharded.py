@@ -242,8 +242,8 @@ class Team:
 def join_processes() -> torch.device:
     """Join the processes that torchrun started (without it, this one alone); the device of this process.
 
-    After a restart torchrun may hand out the store of the attempt before, with addresses of dead processes: each attempt
-    gets keys of its own.
+    After a restart torchrun may hand out the store of the attempt before, with addresses of dead processes: each
+    attempt gets keys of its own.
     """
     cuda = torch.cuda.is_available()
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"

@@ -24,7 +24,7 @@ from dilated_attention_nb.distributed import (
     stage_layers,
     steps_worker,
 )
-from dilated_attention_nb.elastic import Checkpoints, train_elastic, training_tensors
+from dilated_attention_nb.elastic import Checkpoints, parse_elastic, train_elastic, training_tensors
 from dilated_attention_nb.improved import dilated_attention
 from dilated_attention_nb.longnet import LongNet, longnet_tiny
 from dilated_attention_nb.ring import RingDilatedAttention
