@@ -57,9 +57,9 @@ def mesh_sizes(config: DistributedConfig, world_size: int) -> dict[str, int]:
     rest = world_size // known
     return {"data": 1 if opened else rest} | {name: size or rest for name, size in sizes.items()}
 
-# %% ../nbs/16_distributed.ipynb #ba86a7a7
+# %% ../nbs/16_distributed.ipynb #472ffdd5
 def make_mesh(config: DistributedConfig, device_type: str = "cpu") -> DeviceMesh:
-    "The mesh of the default process group, with the dimensions `DIMENSIONS` and, over two of them, `replicas`."
+    "The mesh of the default process group, with the dimensions `DIMENSIONS`."
     if not (dist.is_available() and dist.is_initialized()):
         advice = "call torch.distributed.init_process_group, or start with torchrun"
         raise RuntimeError(complaint("the process group", "be there", "none", advice))
@@ -67,9 +67,7 @@ def make_mesh(config: DistributedConfig, device_type: str = "cpu") -> DeviceMesh
     if config.world_size not in (None, world):
         raise ValueError(complaint("world_size", f"be {world}, as the launcher says", config.world_size, "or None"))
     sizes = mesh_sizes(config, world)
-    mesh = init_device_mesh(device_type, tuple(sizes[name] for name in DIMENSIONS), mesh_dim_names=DIMENSIONS)
-    mesh["data", "sequence"]._flatten("replicas")
-    return mesh
+    return init_device_mesh(device_type, tuple(sizes[name] for name in DIMENSIONS), mesh_dim_names=DIMENSIONS)
 
 # %% ../nbs/16_distributed.ipynb #fad6d367
 def mesh_table(sizes: dict[str, int]) -> list[dict[str, int]]:
@@ -129,7 +127,8 @@ class ShardedNorm(nn.Module):
         )
 
     def forward(self, x: Float[Tensor, "b m part"]) -> Float[Tensor, "b m part"]:
-        weight, bias = (p.to_local() for p in (self.weight, self.bias))
+        cut: Any = (self.weight, self.bias)
+        weight, bias = (p.to_local() for p in cut)
         return WideNorm.apply(x, weight, bias, self.eps, self.mesh.get_group())
 
 # %% ../nbs/16_distributed.ipynb #77d91bb7
@@ -143,12 +142,13 @@ def check_tensor_shards(config: LongNetConfig, size: int) -> None:
 
 def cut_layer(layer: LongNetLayer, mesh: DeviceMesh) -> None:
     "Cut a layer over the ranks of a one-dimensional mesh, in place."
+    inside: Any = layer
     whole = PrepareModuleInput(input_layouts=(Replicate(),), desired_input_layouts=(Replicate(),))
     by_rows = dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "ffn.fc1"), ColwiseParallel())
     by_columns = dict.fromkeys(("self_attn.out_proj", "ffn.fc2"), RowwiseParallel())
     parallelize_module(layer, mesh, {"self_attn": whole, **by_rows, **by_columns})
-    layer.self_attn.inner_attn_ln = ShardedNorm(layer.self_attn.inner_attn_ln, mesh)
-    layer.ffn.ffn_layernorm = ShardedNorm(layer.ffn.ffn_layernorm, mesh)
+    inside.self_attn.inner_attn_ln = ShardedNorm(inside.self_attn.inner_attn_ln, mesh)
+    inside.ffn.ffn_layernorm = ShardedNorm(inside.ffn.ffn_layernorm, mesh)
 
 # %% ../nbs/16_distributed.ipynb #b5078322
 def stage_layers(num_layers: int, stages: int) -> list[range]:
@@ -197,6 +197,7 @@ class DistributedLongNet:
         device = next(model.parameters()).device
         self.config, self.device = config, device
         self.mesh = mesh or make_mesh(config, device.type)
+        self.replicas = self.mesh["data", "sequence"]._flatten("replicas")
         self.sizes = {name: self.mesh[name].size() for name in DIMENSIONS}
         self.place = {name: self.mesh[name].get_local_rank() for name in DIMENSIONS}
         check_supported(config, model.config, self.sizes)
@@ -212,16 +213,17 @@ class DistributedLongNet:
         options: dict[str, Any] = {"overlap": self.config.communication_optimization}
         if size > 1:
             options["part"] = self.place["tensor"] * (heads // size), heads
-            for layer in model.decoder.layers:
+            layers: Any = model.decoder.layers
+            for layer in layers:
                 cut_layer(layer, self.mesh["tensor"])
-        layers = stage_layers(model.config.num_layers, self.sizes["pipeline"])[self.place["pipeline"]]
-        share = LongNetShare(model, self.mesh["sequence"].get_group(), self.config.layout, layers, **options)
+        held = stage_layers(model.config.num_layers, self.sizes["pipeline"])[self.place["pipeline"]]
+        share = LongNetShare(model, self.mesh["sequence"].get_group(), self.config.layout, held, **options)
         share.recompute = share.recompute or self.config.gradient_checkpointing
         return share
 
     def _replicate(self, share: LongNetShare) -> nn.Module:
         "Wrapped in what averages its gradients."
-        c, mesh = self.config, self.mesh["replicas"]
+        c, mesh = self.config, self.replicas
         self._by_hand = mesh.size() > 1 and c.data_engine == "ddp" and not c.communication_optimization
         if mesh.size() == 1 or self._by_hand:
             return share
@@ -232,7 +234,8 @@ class DistributedLongNet:
         for bucket in buckets(list(share.decoder.layers.values()), c.bucket_size_mb):
             if c.communication_optimization:
                 fully_shard(bucket, mesh=mesh)
-        return fully_shard(share, mesh=mesh)
+        fully_shard(share, mesh=mesh)
+        return share
 
     def parameters(self) -> Iterator[nn.Parameter]:
         "Of this rank."
@@ -247,7 +250,7 @@ class DistributedLongNet:
         self.reduced.clear()
         count = (targets != -100).sum()
         dist.all_reduce(count, group=self.mesh["data"].get_group())
-        factor = self.mesh["replicas"].size() / max(1, int(count))
+        factor = self.replicas.size() / max(1, int(count))
         run = self._pipelined if self.sizes["pipeline"] > 1 else self._at_once
         total = run(tokens, targets, factor)
         if self._by_hand:
@@ -298,7 +301,7 @@ class DistributedLongNet:
         return self._stages[key]
 
     def _average_one_by_one(self) -> None:
-        group, size = self.mesh["replicas"].get_group(), self.mesh["replicas"].size()
+        group, size = self.replicas.get_group(), self.replicas.size()
         for p in self.parameters():
             if p.grad is not None:
                 grad = p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad

@@ -6,14 +6,13 @@
 __all__ = ['training_tensors', 'put_training_tensors', 'Checkpoints', 'step_batch', 'train_elastic', 'parse_elastic',
            'elastic_configs', 'elastic_main']
 
-# %% ../nbs/16b_elastic.ipynb #e08d9340
+# %% ../nbs/16b_elastic.ipynb #c83dc900
 import argparse
 import json
 import os
 import shutil
 import sys
 from collections.abc import Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ from .training import VOCAB, mixed_seed, read_corpus, write_file
 def training_tensors(part: DistributedLongNet, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     "This rank's shards of parameters and of what the optimizer remembers, by their names in the whole model."
     options = StateDictOptions(flatten_optimizer_state_dict=True)
-    remembered = get_optimizer_state_dict(part.share, optimizer, options=options)
+    remembered: Any = get_optimizer_state_dict(part.share, optimizer, options=options)
     found = {f"model.{name}": x for name, x in part.share.state_dict().items()}
     found |= {f"optimizer.{name}": x for name, x in remembered.items() if name.startswith("state.")}
     return {name: x.reshape(1) if x.dim() == 0 else x for name, x in found.items()}  # slices need a dimension
@@ -50,7 +49,7 @@ def put_training_tensors(
 ) -> None:
     "Put what was read into the optimizer; parameters were read in place."
     options = StateDictOptions(flatten_optimizer_state_dict=True)
-    remembered = get_optimizer_state_dict(part.share, optimizer, options=options)
+    remembered: Any = get_optimizer_state_dict(part.share, optimizer, options=options)
     for name, x in remembered.items():
         if name.startswith("state."):
             remembered[name] = (
@@ -68,7 +67,7 @@ class Checkpoints:
     def __init__(self, folder: Path | str, keep: int = 2) -> None:
         self.folder, self.keep, self.team = Path(folder), check_int("keep", keep), Team()
         self.group = dist.new_group(backend="gloo") if self.team.size > 1 else None  # not in the way of training
-        self.pending: tuple[Future[Any], Path] | None = None
+        self.pending: tuple[Any, Path] | None = None  # a future, and the folder that it fills
         if self.team.first:
             self.folder.mkdir(parents=True, exist_ok=True)
             for part in self.folder.glob("step-*.part"):  # of a process that died while saving

@@ -63,7 +63,8 @@ def put_ring(model: LongNet, layout: str = "zigzag", **options: Any) -> None:
         raise ValueError(complaint("attention", rule, repr(model.config.attention), "other kinds are not cut here"))
     branches = model.config.attention_config.to_dict() | {"dropout": 0.0}
     config = RingAttentionConfig(**branches, layout=layout)
-    for layer in model.decoder.layers:
+    layers: Any = model.decoder.layers
+    for layer in layers:
         layer.self_attn.attention = RingDilatedAttention(config, **options)
 
 # %% ../nbs/12b_sharded.ipynb #508ea960
@@ -98,7 +99,7 @@ class LongNetShare(nn.Module):
         every = range(model.config.num_layers)
         chosen = every if layers is None else layers
         self.embed_tokens = model.embed_tokens if chosen.start == 0 else None
-        self.decoder = nn.Module()
+        self.decoder: Any = nn.Module()
         self.decoder.layers = nn.ModuleDict({str(i): model.decoder.layers[i] for i in chosen})
         self.last = chosen.stop == every.stop
         if self.last:
