@@ -1,6 +1,7 @@
 # Everything starts here. Each target creates .venv when it is missing and installs when the requirements changed.
 #
 #   make demo        train a small LongNet on real text (options: make demo ARGS="--minutes 1 --text ~/books")
+#   make demo-distributed   the same with each sequence cut over two processes (ARGS="--steps 40": another length)
 #   make test        everything that CI checks
 #   make test-slow   the tests that take minutes, too
 #   make lab         JupyterLab at index.ipynb
@@ -27,7 +28,7 @@ READY := $(VENV)/.installed
 BENCHMARKS ?= $(wildcard benchmarks/*.py)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-slow lab export notebooks docs bench bench-check lock clean
+.PHONY: help demo demo-distributed test test-slow lab export notebooks docs bench bench-check lock clean
 
 help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
@@ -42,6 +43,9 @@ $(READY): settings.ini constraints.txt setup.py pyproject.toml
 
 demo: $(READY)
 	$(BIN)/python -m dilated_attention_nb.training $(ARGS)
+
+demo-distributed: $(READY)
+	$(BIN)/torchrun --nproc-per-node 2 -m dilated_attention_nb.training --sequence-parallel 2 $(or $(ARGS),--minutes 2)
 
 test: $(READY)
 	$(BIN)/python scripts/check_imports.py
