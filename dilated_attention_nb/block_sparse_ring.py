@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .block_attention import sparse_backward_op, sparse_forward_op
 from .block_patterns import PatternCache
-from .block_sparse import BlockSparseAttention, sparse_backward_op, sparse_forward_op
+from .block_sparse import BlockSparseAttention
 from .block_sparse_plan import Blocks, Job, Part, SparsePlan, SparseTask, make_sparse_plan, needed
 from .config import BlockSparseRingConfig, check_heads
 from .memory_pool import UnifiedMemoryPool
@@ -140,8 +141,9 @@ class BlockSparseRingDilatedAttention(RingLayer):
         config: BlockSparseRingConfig,
         group: "dist.ProcessGroup | None" = None,
         pool: UnifiedMemoryPool | None = None,  # lends buffers for messages; layers that take turns can share one
+        overlap: bool = True,  # compute while messages travel
     ) -> None:
-        super().__init__(config, group, pool)
+        super().__init__(config, group, pool, overlap)
         BlockSparseAttention(config)  # raises for options that blocks don't have
 
     def check(self, q: Any, k: Any, v: Any, mask: Any, is_causal: Any) -> None:

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['MIXINGS', 'OFFSETS', 'RAGGED', 'BACKENDS', 'LAYER_BACKENDS', 'RING_STRATEGIES', 'RING_LAYOUTS', 'SPARSE_PATTERNS',
-           'DISTRIBUTED_BACKENDS', 'EVICTION_POLICIES', 'FLOAT_DTYPES', 'complaint', 'shown', 'check_int',
-           'check_number', 'check_positive', 'check_ratio', 'check_block_size', 'check_dropout', 'check_scale',
-           'check_flag', 'nearest', 'check_choice', 'check_ints', 'check_branches', 'check_heads', 'valid_lengths',
-           'check_length', 'check_floats', 'check_alike', 'check_padding', 'check_qkv', 'check_device', 'check_dtype',
-           'check_home', 'check_placement', 'Config', 'check_config', 'DilatedAttentionConfig', 'check_head_dim',
-           'check_kv_heads', 'MultiheadConfig', 'RingAttentionConfig', 'SparseAttentionConfig', 'BlockSparseRingConfig',
-           'DistributedConfig', 'MemoryPoolConfig']
+           'DISTRIBUTED_BACKENDS', 'DATA_ENGINES', 'PIPELINE_SCHEDULES', 'EVICTION_POLICIES', 'FLOAT_DTYPES',
+           'complaint', 'shown', 'check_int', 'check_number', 'check_positive', 'check_ratio', 'check_block_size',
+           'check_dropout', 'check_scale', 'check_flag', 'nearest', 'check_choice', 'check_ints', 'check_branches',
+           'check_heads', 'valid_lengths', 'check_length', 'check_floats', 'check_alike', 'check_padding', 'check_qkv',
+           'check_device', 'check_dtype', 'check_home', 'check_placement', 'Config', 'check_config',
+           'DilatedAttentionConfig', 'check_head_dim', 'check_kv_heads', 'MultiheadConfig', 'RingAttentionConfig',
+           'SparseAttentionConfig', 'BlockSparseRingConfig', 'DistributedConfig', 'MemoryPoolConfig']
 
 # %% ../nbs/00_config.ipynb #3d0f6ed4
 import dataclasses
@@ -112,6 +112,8 @@ SPARSE_PATTERNS = (  # which blocks block-sparse attention keeps
     "dilated_sparse", "local_window", "global_local", "strided", "random", "hierarchical", "adaptive",
 )  # fmt: skip
 DISTRIBUTED_BACKENDS = ("nccl", "gloo", "mpi", "ucc", "cpu:gloo,cuda:nccl")
+DATA_ENGINES = ("ddp", "fsdp")  # every rank keeps all parameters, or a share of them
+PIPELINE_SCHEDULES = ("1f1b", "gpipe")  # backward as soon as possible, or after all forward passes
 EVICTION_POLICIES = ("lru", "lfu", "adaptive")
 
 
@@ -530,15 +532,30 @@ class DistributedConfig(Config):
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     communication_optimization: bool = True  # communicate while computing
     bucket_size_mb: int = 25  # MiB of gradients that are sent together
+    sequence_shards: int | None = None  # ranks of a ring; None: as many as the other sizes leave
+    tensor_shards: int | None = None  # ranks that share the heads and the inner width of a layer; None: likewise
+    pipeline_stages: int | None = None  # ranks that share the stack of layers; None: likewise
+    data_engine: str = "ddp"  # what averages gradients: one of DATA_ENGINES
+    pipeline_schedule: str = "1f1b"  # one of PIPELINE_SCHEDULES
+    microbatches: int | None = None  # parts that a pipeline cuts a batch into; None: as many as there are stages
+    layout: str = "zigzag"  # which tokens a rank of a ring holds: one of RING_LAYOUTS
 
     def __post_init__(self) -> None:
         self._check(check_int, "world_size", "bucket_size_mb")
         self._check(check_int, "rank", low=0)
         self._check(check_choice, "backend", choices=DISTRIBUTED_BACKENDS)
+        self._check(check_int, "sequence_shards", "tensor_shards", "pipeline_stages", "microbatches")
+        self._check(check_choice, "data_engine", choices=DATA_ENGINES)
+        self._check(check_choice, "pipeline_schedule", choices=PIPELINE_SCHEDULES)
+        self._check(check_choice, "layout", choices=RING_LAYOUTS)
         self._check(check_flag, *(f.name for f in dataclasses.fields(self) if isinstance(f.default, bool)))
         if self.rank is not None and (self.world_size is None or self.rank >= self.world_size):
             rule = f"be below world_size {self.world_size}"
             raise ValueError(complaint("rank", rule, self.rank, "give both, or neither to take the launcher's"))
+        flags = {"sequence_shards": "sequence_parallel", "tensor_shards": "model_parallel"}
+        for name, flag in (flags | dict.fromkeys(("pipeline_stages", "microbatches"), "pipeline_parallel")).items():
+            if getattr(self, name) is not None and not getattr(self, flag):
+                raise ValueError(complaint(name, f"be None without {flag}", getattr(self, name), f"set {flag}=True"))
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,9 @@ def run_apart(ring: Ring, schedule: Steps, tag: int) -> Any:
             ring.finish(pending)
         else:
             pending = ring.start(exchange, tag)
+            if not ring.overlap:
+                ring.finish(pending)
+                pending = []
 
 
 class Apart(Runner):
@@ -67,19 +70,21 @@ class RingLayer(nn.Module):
     """
 
     config_type: ClassVar[type[Config]] = Config
+    part: tuple[int, int] | None = None  # (first query head, heads of the layer) if it is given some of them only
 
     def __init__(
         self,
         config: Any,  # a config_type
         group: "dist.ProcessGroup | None" = None,  # None: the default group; without one, this process alone
         pool: UnifiedMemoryPool | None = None,  # lends buffers for messages; layers that take turns can share one
+        overlap: bool = True,  # compute while messages travel
     ) -> None:
         super().__init__()
         if not isinstance(config, self.config_type):
             name = self.config_type.__name__
             raise TypeError(complaint("config", f"be a {name}", type(config).__name__, "make it one"))
         self.config: Any = config
-        self.group, self.pool = group, pool
+        self.group, self.pool, self.overlap = group, pool, overlap
         self.record: list[Event] | None = None  # a list here gets an entry for whatever this rank does
         self._ring: Ring | None = None
         self._agreed: dict[str, None] = {}
@@ -201,13 +206,15 @@ class RingLayer(nn.Module):
 
     def __deepcopy__(self, memo: Any) -> Any:
         "The copy shares group and pool: processes and buffers cannot be copied."
-        return type(self)(self.config, self.group, self.pool).train(self.training)
+        copied = type(self)(self.config, self.group, self.pool).train(self.training)
+        copied.part, copied.overlap = self.part, self.overlap
+        return copied
 
     def ring(self) -> Ring:
         "The ring of this process."
         default = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
         if self._ring is None or self._ring.group is not (self.group or default):
-            self._ring, self._agreed, self._plans = Ring(self.group, self.config.ring_size), {}, {}
+            self._ring, self._agreed, self._plans = Ring(self.group, self.config.ring_size, self.overlap), {}, {}
         return self._ring
 
     def agree(self, ring: Ring, q: Tensor, k: Tensor, is_causal: bool, masked: bool, wanted: bool) -> None:
@@ -215,7 +222,7 @@ class RingLayer(nn.Module):
         facts = {
             "the local length": q.shape[1], "the batch size": q.shape[0], "the number of heads": q.shape[2],
             "the number of key/value heads": k.shape[2], "head_dim": q.shape[3], "dtype": q.dtype,
-            "is_causal": is_causal,
+            "is_causal": is_causal, "part": self.part,
             "whether there is a key_padding_mask": masked, "whether there are gradients": wanted,
             "the layer": type(self).__name__,
             **{f"config.{name}": value for name, value in self.config.to_dict().items() if name != "device"},

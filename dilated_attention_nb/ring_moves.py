@@ -46,8 +46,8 @@ class Call:
         size = (2**27 if device.type != "cpu" else 2**21 if dtype.itemsize <= 2 else 2**23) // self.temporaries
         numbers = self.batch * self.place.n // self.place.ring_size * self.head_dim * (self.num_heads // self.kv_heads)
         step = min(max(1, size // numbers), self.kv_heads)
-        cuts = range(0, self.kv_heads, step)
-        return tuple(replace(self, first=a, last=min(a + step, self.kv_heads)) for a in cuts)
+        last = self.kv_heads if self.last is None else self.last
+        return tuple(replace(self, first=a, last=min(a + step, last)) for a in range(self.first, last, step))
 
 # %% ../nbs/08c_ring_moves.ipynb #0ac8e142
 @dataclass(frozen=True, eq=False)

@@ -210,13 +210,16 @@ def make_plan(task: Task, rank: int) -> StripPlan:
 
 # %% ../nbs/08f_ring_plan.ipynb #75377e13
 def make_task(
-    config: RingAttentionConfig, ring_size: int, shape: Sequence[int], kv_heads: int, masked: bool, is_causal: bool
-) -> Task:
+    config: RingAttentionConfig, ring_size: int, shape: Sequence[int], kv_heads: int, masked: bool, is_causal: bool,
+    part: tuple[int, int] | None = None,  # (first query head, heads of the whole layer) where these are some of them
+) -> Task:  # fmt: skip
     "The task of a call, from the shape of the whole q. Raises unless its length suits."
     b, n, h, d = shape
+    first, total = part or (0, h)
+    repeat = h // kv_heads
     check_split(n, ring_size, config.layout, config.segment_lengths if config.ragged == "error" else ())
     return Task(
-        Placement(n, ring_size, config.layout), b, h, kv_heads, d, is_causal, masked, config.strategy,
+        Placement(n, ring_size, config.layout), b, total, total // repeat, d, is_causal, masked, config.strategy,
         clipped(config.segment_lengths, n), config.dilation_rates, config.mixing, config.offsets,
-        config.ragged == "zeros" and not is_causal,
+        config.ragged == "zeros" and not is_causal, first=first // repeat, last=first // repeat + kv_heads,
     )  # fmt: skip

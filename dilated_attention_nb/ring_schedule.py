@@ -259,6 +259,13 @@ class Runner:
     def __init__(self, calls: Sequence[Any], use_tf32: bool) -> None:
         self.calls, self.use_tf32 = calls, use_tf32
 
+    def portions(self) -> Iterator[tuple[slice, slice]]:
+        "Where the heads of each portion stand in the tensors, which begin with the first portion."
+        starts = [heads.start for heads in self.calls[0].portion]
+        for call in self.calls:
+            qs, ks = (slice(x.start - a, x.stop - a) for x, a in zip(call.portion, starts))
+            yield qs, ks
+
     def run(self, at: int, name: str, *tensors: Any) -> Any:
         "What the schedules `name` of portion `at` return."
         raise NotImplementedError
@@ -268,8 +275,7 @@ class Runner:
         wide = torch.promote_types(q.dtype, torch.float32)
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=wide)
         kept: dict[Any, Tensor] = {}
-        for at, call in enumerate(self.calls):
-            qs, ks = call.portion
+        for at, (qs, ks) in enumerate(self.portions()):
             o, l, came = self.run(at, "forward", q[:, :, qs], k[:, :, ks], v[:, :, ks], mask)
             if len(self.calls) == 1:
                 out, lse = o.to(q.dtype), l
@@ -284,8 +290,7 @@ class Runner:
     ) -> list[Tensor]:  # fmt: skip
         "dq, dk, dv."
         grads = [torch.empty_like(x) for x in (q, k, v)] if len(self.calls) > 1 else []
-        for at, call in enumerate(self.calls):
-            qs, ks = call.portion
+        for at, (qs, ks) in enumerate(self.portions()):
             parts = dout[:, :, qs], q[:, :, qs], k[:, :, ks], v[:, :, ks], out[:, :, qs], lse[:, :, qs]
             came = {key: x for (i, key), x in kept.items() if i == at}
             found = self.run(at, "backward", *parts, mask, came)

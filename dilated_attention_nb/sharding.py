@@ -101,7 +101,10 @@ _FACTS = 4096  # bytes
 class Ring:
     "The ranks of a ring: consecutive ranks of a process group. Without a process group it is this process alone."
 
-    def __init__(self, group: "dist.ProcessGroup | None" = None, ring_size: int | None = None) -> None:
+    def __init__(
+        self, group: "dist.ProcessGroup | None" = None, ring_size: int | None = None, overlap: bool = True
+    ) -> None:
+        self.overlap = overlap
         ready = dist.is_available() and dist.is_initialized()
         self.group = group or (dist.group.WORLD if ready else None)
         world, me = (dist.get_world_size(self.group), dist.get_rank(self.group)) if self.group else (1, 0)
