@@ -69,6 +69,7 @@ export: $(READY)
 	$(BIN)/nbdev_export
 	$(BIN)/python scripts/root.py
 	$(BIN)/python scripts/readme.py
+	$(BIN)/python scripts/defects.py
 
 notebooks: export
 	$(BIN)/python scripts/notebooks.py $(ARGS)
