@@ -251,7 +251,9 @@ def test_no_code_in_comments():
 
 def test_names_have_one_style():
     "snake_case for functions, arguments and variables, CapWords for classes. N812 is `import functional as F`."
-    assert "All checks passed" in (found := ruff("--select", "N", "--ignore", "N812")), found
+    kernels = "triton_*.py:N803"  # what is constant when a kernel is compiled is written in capitals there
+    found = ruff("--select", "N", "--ignore", "N812", "--per-file-ignores", kernels)
+    assert "All checks passed" in found, found
 
 
 def test_no_if_has_two_equal_sides():

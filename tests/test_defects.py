@@ -513,7 +513,7 @@ def test_every_attention_works_at_once(which):
     q, k, v = make_qkv(1, 32, 4, 8)
     module = modules()[which].eval()
     assert torch.equal(module(q, k, v), module(q, k, v))
-    assert type(module).__mro__[1] is torch.nn.Module
+    assert torch.nn.Module in type(module).__mro__[1:3]  # rings share a class that talks to other ranks
 
 
 @each_module

@@ -36,6 +36,9 @@ GENERATED = (
 )
 # Names of other systems, which the documents compare with or explain: (name, whose).
 FOREIGN = {
+    "NCCL_SOCKET_IFNAME": "NCCL",
+    "NCCL_DEBUG": "NCCL",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "torch.distributed",
     "all_gather": "torch.distributed",
     "batch_isend_irecv": "torch.distributed",
     "sendrecv": "a call that does not exist",

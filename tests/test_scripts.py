@@ -279,7 +279,8 @@ def test_marks_of_quarto_do_not_reach_the_preview():
     text = plain(
         "::: {.callout-note}\nsee [it](00_config.ipynb#x)\n:::\n\n## Head {#sec-a}", {"00_config.ipynb": "config.html"}
     )
-    assert ":::" not in text and "[it](config.html#x)" in text and "## Head\n" in text + "\n" and "sec-a" not in text
+    assert ":::" not in text and "[it](config.html#x)" in text and "## Head\n" in text + "\n"
+    assert "{#" not in text and '<a id="sec-a"></a>' in text
 
 
 def test_prose_beside_the_title_stays_on_the_page():
