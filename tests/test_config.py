@@ -353,14 +353,19 @@ def test_every_field_takes_part_in_equality(cls):
         "embed_dim": 128, "num_heads": 4, "num_kv_heads": 2, "ring_size": 2, "world_size": 2, "device": "cpu",
         "dtype": "float16", "mixing": "softmax", "offsets": "interleaved", "ragged": "mask", "backend": "gloo",
         "pattern_type": "local_window", "eviction_policy": "lfu", "max_bytes": 2**20, "strategy": "ring",
-        "layout": "zigzag", "block_size": 64, "head_dim": 64,
+        "layout": "zigzag", "block_size": 64, "head_dim": 64, "sequence_shards": 2, "tensor_shards": 2,
+        "pipeline_stages": 2, "microbatches": 4, "data_engine": "fsdp", "pipeline_schedule": "gpipe",
     }  # fmt: skip
+    needs = {"rank": {"world_size": 2}, "sequence_shards": {"sequence_parallel": True}}
+    needs |= {"tensor_shards": {"model_parallel": True}, "pipeline_stages": {"pipeline_parallel": True}}
+    needs["microbatches"] = needs["pipeline_stages"]
     config = cls(**GOOD[cls])
     for field in dataclasses.fields(cls):
         value = getattr(config, field.name)
-        extra = {"world_size": 2} if field.name == "rank" else {}
+        extra = needs.get(field.name, {})
         base = replace(config, **extra)
         new = 1 if field.name == "rank" else special.get(field.name) or other[type(value)](value)
+        new = "contiguous" if (cls, field.name) == (DistributedConfig, "layout") else new
         changed = replace(base, **{field.name: new})
         assert changed != base and len({changed, base}) == 2 and replace(changed, **{field.name: value}) == base
 
