@@ -32,7 +32,7 @@ from dilated_attention_nb.config import (
     check_positive,
     complaint,
 )
-from .multihead import KINDS, MultiheadDilatedAttention, magneto_init
+from .multihead import CONFIGS, KINDS, MultiheadDilatedAttention, magneto_init
 
 # %% ../nbs/12_longnet.ipynb #5c75ec12
 POSITIONS = ("xpos", "rope", "none")
@@ -67,7 +67,7 @@ class LongNetConfig(Config):
     gamma_init: float | None = None  # gain of what writes into the residual stream; None: sqrt(log(2 num_layers))
     tie_embeddings: bool = True  # the head is the table of embeddings
     activation_checkpointing: bool = False  # recompute layers in the backward pass instead of keeping their activations
-    attention: str = "auto"  # kind of attention, one of KINDS
+    attention: str = "auto"  # kind of attention: "auto", "improved" or "standard"
     max_head_dim: int = 128  # widest head
 
     def __post_init__(self) -> None:
@@ -81,7 +81,7 @@ class LongNetConfig(Config):
         check(check_positive, "rope_base", "xpos_scale_base", "gamma_init")
         check(check_flag, "tie_embeddings", "activation_checkpointing")
         check_choice("position", self.position, POSITIONS)
-        check_choice("attention", self.attention, KINDS)
+        check_choice("attention", self.attention, tuple(kind for kind in KINDS if kind not in CONFIGS))
         shared = ("embed_dim", "num_heads", "num_kv_heads", "layer_norm_eps", "segment_lengths", "dilation_rates")
         for part in (self.multihead_config, self.attention_config):  # which check what they are given
             self._store(**{name: getattr(part, name) for name in shared if hasattr(part, name)})
