@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -319,7 +318,7 @@ def run_sections(
         else:
             worse += regressions(name, stored[name], fresh, args.slack)
     for regression in worse:
-        print(f"worse: {regression}", file=sys.stderr)
+        print(f"worse: {regression}")
     return 1 if worse else 0
 
 

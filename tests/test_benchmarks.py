@@ -128,7 +128,7 @@ def test_sections_are_stored_one_by_one_and_checked(tmp_path, capsys):
         run_sections("About.", file, sections, [])
     assert list(read_results(file)) == ["a"]  # what was measured before the failure is kept
     assert run_sections("About.", file, {"a": sections["a"]}, ["--check", "a"]) == 1
-    assert "worse: a, n 1: ratio 2" in capsys.readouterr().err
+    assert "worse: a, n 1: ratio 2" in capsys.readouterr().out
     assert run_sections("About.", file, sections, ["--check", "a", "--slack", "0.01"]) == 0
     assert json.loads(file.read_text())["a"]["rows"][0]["ratio"] == 1.0
     for argv, words in ((["c"], "unknown section c; there are a, b"), (["--check", "b"], "1 / 0")):
