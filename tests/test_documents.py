@@ -5,6 +5,7 @@ import builtins
 import contextlib
 import functools
 import importlib
+import inspect
 import io
 import json
 import keyword
@@ -275,6 +276,9 @@ def resolves(chain: list[str]) -> bool:
             return True  # of something else: its parts are looked up one by one
         home = getattr(root, first)
     for part in rest:
+        if inspect.ismodule(home) and not hasattr(home, part):
+            with contextlib.suppress(ImportError):  # a submodule that nobody has imported yet
+                importlib.import_module(f"{home.__name__}.{part}")
         if not hasattr(home, part) and part not in getattr(home, "__annotations__", {}):
             return False
         home = getattr(home, part, object)
