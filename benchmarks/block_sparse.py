@@ -22,9 +22,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import core
 import torch
 from torch import Tensor
+
+from dilated_attention_nb.benchmarks import environment
 
 RESULTS = Path(__file__).with_name("block_sparse.json")
 H, D, BLOCK = 8, 64, 128
@@ -108,7 +109,7 @@ def speed(n: int, heads: int, repeats: dict[tuple[torch.dtype, str], int]) -> di
                         "what": which,
                     }
                     row |= {"x_rho": ratio / rho, "x_density": ratio / density, "density": density, "heads": heads}
-                    row |= {"runs": repeats[dtype, which] or 1, "date": core.environment()["date"]}
+                    row |= {"runs": repeats[dtype, which] or 1, "date": environment()["date"]}
                     rows.append(row | {"ms": seconds[name, rho] * 1e3, "dense_ms": seconds["dense"] * 1e3})
                     print(rows[-1], flush=True)
     return {"heads": heads, "head_dim": D, "block_size": BLOCK, "rows": rows}
@@ -355,7 +356,7 @@ def main() -> None:
         torch.set_num_threads(1)
     for name in chosen:
         print(f"{name} ...", flush=True)
-        result = core.environment() | {"clock": "CPU" if args.cpu_time else "wall"} | SECTIONS[name]()
+        result = environment() | {"clock": "CPU" if args.cpu_time else "wall"} | SECTIONS[name]()
         stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         result = merged(stored.get(name, {}), result) if ONLY and name.startswith("speed_") else result
         RESULTS.write_text(json.dumps(stored | {name: result}, indent=1) + "\n")

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from core import environment
+
+from dilated_attention_nb.benchmarks import environment
 
 RESULTS = Path(__file__).with_name("block_sparse_ring.json")
 RANKS = 4

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from core import environment
+
+from dilated_attention_nb.benchmarks import environment
 
 torch.set_num_threads(1)  # a token is too little work for two
 

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from core import environment, in_turn
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from dilated_attention_nb.benchmarks import environment, in_turn
 
 RESULTS = Path(__file__).with_name("defects.json")
 H, D = 8, 64

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from core import environment, in_turn
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from dilated_attention_nb.benchmarks import environment, in_turn
 
 RESULTS = Path(__file__).with_name("interop.json")
 torch.set_num_threads(1)

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from core import environment
+
+from dilated_attention_nb.benchmarks import environment
 
 RESULTS = Path(__file__).with_name("ring.json")
 RANKS = 4

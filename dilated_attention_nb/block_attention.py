@@ -7,7 +7,6 @@ __all__ = ['block_sparse_attention']
 
 # %% ../nbs/07d_block_attention.ipynb #c2b1d803
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from math import inf
@@ -30,6 +29,8 @@ from dilated_attention_nb.partial import (
     cast_like_autocast,
     merge_lse_,
     resolve_backend,
+    tf32,
+    wide_dtype,
 )
 
 # %% ../nbs/07d_block_attention.ipynb #0552d9c4
@@ -229,24 +230,6 @@ def _head(x: Tensor, b: int, heads: slice, strung: bool) -> Tensor | Woven:
     return x[b] if x.shape[3] == 1 else Woven(x[b])
 
 
-@contextmanager
-def _tf32(allowed: bool, q: Tensor) -> Iterator[None]:
-    "Within, float32 products on CUDA may (or may not) be computed in TF32, as in `improved`."
-    if q.device.type != "cuda" or q.dtype != torch.float32:
-        yield
-        return
-    matmul = torch.backends.cuda.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if allowed else "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
-def _wide(q: Tensor) -> torch.dtype:
-    return torch.promote_types(q.dtype, torch.float32)
-
-
 @torch.library.custom_op("dilated_attention_nb::block_sparse_forward", mutates_args=())
 def sparse_forward_op(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, num: Tensor, index: Tensor, size: int, is_causal: bool,
@@ -257,9 +240,9 @@ def sparse_forward_op(
     bq, bk, bv = (_blocks(x, size) for x in (q, k, v))
     if strung and _often(num, bk.shape[1]):
         bk, bv = _string(bk), _string(bv)
-    out, lse = q.new_empty(bq.shape), q.new_empty(bq.shape[:-1], dtype=_wide(q))
+    out, lse = q.new_empty(bq.shape), q.new_empty(bq.shape[:-1], dtype=wide_dtype(q))
     lse = lse.new_empty(_string(lse).shape) if strung else lse
-    with _tf32(use_tf32, q):
+    with tf32(use_tf32, q):
         for b, h, portions, work in _jobs(q, k, mask, num, index, size, is_causal, scale, backend, False, strung):
             o, l, x, y, z = (_head(x, b, h, strung) for x in (out, lse, bq, bk, bv))
             forward_head(o, l, x, y, z, portions, work)
@@ -277,10 +260,10 @@ def sparse_backward_op(
     do, bq, bk, bv, o, l = (_blocks(x, size) for x in (dout, q, k, v, out, lse))
     dk, dv = q.new_empty(bk.shape), q.new_empty(bv.shape)
     l = _string(l) if strung else l
-    dq = q.new_zeros((_string(bq) if strung else bq).shape, dtype=_wide(q))
+    dq = q.new_zeros((_string(bq) if strung else bq).shape, dtype=wide_dtype(q))
     if strung and _often(num, bq.shape[1]):
         do, bq, o = (_string(x) for x in (do, bq, o))
-    with _tf32(use_tf32, q):
+    with tf32(use_tf32, q):
         for b, h, portions, work in _jobs(q, k, mask, num, index, size, is_causal, scale, backend, True, strung):
             to_k, to_v, g, x, y, z, out_, lse_ = (_head(x, b, h, strung) for x in (dk, dv, do, bq, bk, bv, o, l))
             to_q = dq[b] if strung else dq[b, :, :, h]
@@ -288,13 +271,13 @@ def sparse_backward_op(
     sizes = ((_unstring(dq, q.shape[2]) if strung else dq, q.shape[1]), (dk, k.shape[1]), (dv, k.shape[1]))
     dq, dk, dv = (x.flatten(1, 2)[:, :n] for x, n in sizes)
     if given.shape[2] < q.shape[2]:
-        dk, dv = (x.unflatten(2, (given.shape[2], -1)).sum(3, dtype=_wide(q)) for x in (dk, dv))
+        dk, dv = (x.unflatten(2, (given.shape[2], -1)).sum(3, dtype=wide_dtype(q)) for x in (dk, dv))
     return dq.to(q.dtype).contiguous(), dk.to(q.dtype).contiguous(), dv.to(q.dtype).contiguous()
 
 
 @sparse_forward_op.register_fake
 def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=_wide(q))
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide_dtype(q))
 
 
 @sparse_backward_op.register_fake

@@ -7,7 +7,6 @@ __all__ = ['dilated_attention', 'ImprovedDilatedAttention']
 
 # %% ../nbs/07_improved.ipynb #5335ed8f
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import inf, lcm
 from typing import Any
@@ -43,6 +42,8 @@ from dilated_attention_nb.partial import (
     merge_,
     merge_lse_,
     resolve_backend,
+    tf32,
+    wide_dtype,
 )
 
 # %% ../nbs/07_improved.ipynb #794ac4b6
@@ -333,24 +334,6 @@ def backward_portion(
             g.copy_(w)
 
 # %% ../nbs/07_improved.ipynb #8c439092
-@contextmanager
-def _tf32(allowed: bool, q: Tensor) -> Iterator[None]:
-    "Within, float32 products on CUDA may (or may not) be computed in TF32; the setting is put back afterwards."
-    if q.device.type != "cuda" or q.dtype != torch.float32:
-        yield
-        return
-    matmul = torch.backends.cuda.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if allowed else "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
-def _lse_dtype(q: Tensor) -> torch.dtype:
-    return torch.promote_types(q.dtype, torch.float32)
-
-
 def _options(
     q: Tensor, mask: Tensor | None, segment_lengths: Sequence[int], dilation_rates: Sequence[int],
     is_causal: bool, mixing: str, offsets: str, ragged: str, scale: float, backend: str, backward: bool,
@@ -377,9 +360,9 @@ def forward_op(
 
         how = (is_causal, mixing, offsets, options.zeros, scale, use_tf32)
         return fused_forward(q, k, v, mask, segment_lengths, dilation_rates, *how)
-    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide_dtype(q))
     space = Workspace(q.device)
-    with _tf32(use_tf32, q):
+    with tf32(use_tf32, q):
         for heads, rows, keys in portions(options.portion, q, k, options.segment_lengths):
             padding = None if mask is None else mask[:, keys[0]]
             plan = options.plan(q, k, *heads, rows[0].stop - rows[0].start, keys[0].stop - keys[0].start)
@@ -405,7 +388,7 @@ def backward_op(
         return fused_backward(dout, q, k, v, out, lse, mask, segment_lengths, dilation_rates, *how)
     dq, dk, dv = (x.new_zeros(x.shape) if x.shape[1] > q.shape[1] else x.new_empty(x.shape) for x in (q, k, v))
     space = Workspace(q.device)
-    with _tf32(use_tf32, q):
+    with tf32(use_tf32, q):
         for heads, rows, keys in portions(options.portion, q, k, options.segment_lengths):
             padding = None if mask is None else mask[:, keys[0]]
             plan = options.plan(q, k, *heads, rows[0].stop - rows[0].start, keys[0].stop - keys[0].start)
@@ -417,7 +400,7 @@ def backward_op(
 
 @forward_op.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide_dtype(q))
 
 
 @backward_op.register_fake

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -496,6 +496,25 @@ def cast_like_autocast(*tensors: Any) -> tuple[Any, ...]:
         return tensors
     dtype, half = torch.get_autocast_dtype(device), (torch.float16, torch.bfloat16, torch.float32)
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in half else x for x in tensors)
+
+
+def wide_dtype(q: Tensor) -> torch.dtype:
+    "What lse and sums are kept in: float32 for half precision, else the dtype of `q`."
+    return torch.promote_types(q.dtype, torch.float32)
+
+
+@contextmanager
+def tf32(allowed: bool, q: Tensor) -> Iterator[None]:
+    "Within, float32 products on CUDA may (or may not) be computed in TF32; the setting is put back afterwards."
+    if q.device.type != "cuda" or q.dtype != torch.float32:
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if allowed else "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 # %% ../nbs/05_partial.ipynb #acc00f04
 class _Attend(torch.autograd.Function):

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .memory_pool import UnifiedMemoryPool
+from .partial import tf32
 from .ring_moves import Buffers, Event, Move
 from .sharding import Exchange, Message
 
@@ -219,20 +220,6 @@ def run_together(schedules: Sequence[Steps]) -> list[Any]:
     return results
 
 # %% ../nbs/08d_ring_schedule.ipynb #73d56cf1
-@contextmanager
-def tf32(allowed: bool, q: Tensor) -> Iterator[None]:
-    "Within, float32 products on CUDA may (or may not) be computed in TF32; the setting is put back afterwards."
-    if q.device.type != "cuda" or q.dtype != torch.float32:
-        yield
-        return
-    matmul = torch.backends.cuda.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if allowed else "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
 class Attention(torch.autograd.Function):
     "One node for all of a layer's communication, so that every rank sends in the same order, backward too."
 

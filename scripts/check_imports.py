@@ -38,7 +38,7 @@ ONLY = {
     "block_sparse": {"config", "partial", "block_patterns", "block_attention"},
     "sharding": {"config"},
     "ring_moves": {"config", "sharding"},
-    "ring_schedule": {"config", "memory_pool", "sharding", "ring_moves"},
+    "ring_schedule": {"config", "partial", "memory_pool", "sharding", "ring_moves"},
     "ring_layer": {"config", "memory_pool", "partial", "sharding", "ring_moves", "ring_schedule"},
     "ring_plan": {"config", "masking", "sharding", "ring_moves"},
     "ring_tiles": {"config", "masking", "partial", "ring_plan"},
