@@ -62,7 +62,7 @@ def seconds_of(run: Callable[[], Any], device: str = "cpu", clock: Callable[[], 
     run()
     end_event.record()
     end_event.synchronize()
-    return begin_event.elapsed_time(end_event) / 1e3
+    return float(begin_event.elapsed_time(end_event)) / 1e3
 
 
 def in_turn(
@@ -233,7 +233,8 @@ def method(name: str, n: int, num_heads: int, is_causal: bool) -> Callable[[Tens
 
 
 def _heads_first(attention: Callable[..., Any], *x: Tensor, **options: Any) -> Tensor:
-    return attention(*(y.transpose(1, 2) for y in x), **options).transpose(1, 2)
+    out: Tensor = attention(*(y.transpose(1, 2) for y in x), **options)
+    return out.transpose(1, 2)
 
 
 def one_call(name: str, n: int, num_heads: int, head_dim: int, dtype: torch.dtype, backward: bool) -> None:

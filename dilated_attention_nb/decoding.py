@@ -81,10 +81,12 @@ class LongNetCache:
         "Embed tokens that follow those read, with as many of these as the embedding's `context` asks for."
         context = getattr(embedding, "context", 0)
         if not context:
-            return embedding(tokens)
+            alone: Tensor = embedding(tokens)
+            return alone
         known = tokens if self.length == 0 or self.recent is None else torch.cat((self.recent, tokens), 1)
         self.recent = known[:, max(0, known.shape[1] - context) :]
-        return embedding(known)[:, -tokens.shape[1] :]
+        embedded: Tensor = embedding(known)
+        return embedded[:, -tokens.shape[1] :]
 
     def reset(self) -> None:
         "Forget everything; the memory stays."

@@ -21,7 +21,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from jaxtyping import Int
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import (  # type: ignore[attr-defined]
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -90,7 +93,8 @@ class Checkpoints:
         self.team.any(False)
         writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
         tensors = training_tensors(part, optimizer)
-        self.pending = dcp.async_save(tensors, storage_writer=writer, process_group=self.group), path
+        saving = dcp.async_save(tensors, storage_writer=writer, process_group=self.group)  # type: ignore[attr-defined]
+        self.pending = saving, path
 
     def wait(self) -> None:
         "Until the checkpoint under way is whole; then older ones go."
@@ -114,7 +118,8 @@ class Checkpoints:
             advice = "start in another folder"
             raise ValueError(complaint("checkpoint", "be of this model", f"{path} of another", advice))
         tensors = training_tensors(part, optimizer)
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), process_group=self.group)
+        reader = HuggingFaceStorageReader(str(path))
+        dcp.load(tensors, storage_reader=reader, process_group=self.group)  # type: ignore[attr-defined]
         put_training_tensors(part, optimizer, tensors)
         return about["step"], about["about"]
 

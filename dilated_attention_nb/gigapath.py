@@ -194,7 +194,8 @@ class GigaPathSlideEncoder(nn.Module):
         return self._pooled(self.encoder(stream))
 
     def _pooled(self, state: Float[Tensor, "b m e"]) -> Float[Tensor, "b e"]:
-        return self.norm(state[:, 1:].mean(1) if self.config.global_pool else state[:, 0])
+        pooled: Tensor = self.norm(state[:, 1:].mean(1) if self.config.global_pool else state[:, 0])
+        return pooled
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **values: Any) -> "GigaPathSlideEncoder":

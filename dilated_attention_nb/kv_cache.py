@@ -282,7 +282,8 @@ def _cuts(view: Callable[[Tensor], Tensor], run: _Run, alone: bool) -> Iterator[
     "`x` `[b, n, h, ...]` -> `[b, segments, rows, stored heads, ...]`: the heads that share keys as rows, or in turn."
 
     def grouped(x: Tensor) -> Tensor:
-        return view(x[:, :, run.heads]).unflatten(3, (-1, run.serves))
+        groups: Tensor = view(x[:, :, run.heads]).unflatten(3, (-1, run.serves))
+        return groups
 
     if alone:
         yield lambda x: grouped(x)[:, :, 0].transpose(2, 3)

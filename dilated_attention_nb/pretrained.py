@@ -141,7 +141,8 @@ def from_pretrained(folder: str | Path, kind: type[nn.Module] | None = None) -> 
 
 def _longnet_from_pretrained(cls: type[_M], folder: str | Path) -> _M:
     "`from_pretrained(folder)`, which must hold a model of this class."
-    return from_pretrained(folder, cls)
+    model: _M = from_pretrained(folder, cls)
+    return model
 
 
 LongNet.save_pretrained = save_pretrained  # type: ignore[attr-defined]
@@ -151,7 +152,7 @@ LongNet.from_pretrained = classmethod(_longnet_from_pretrained)  # type: ignore[
 LongNetEncoder.from_pretrained = classmethod(_longnet_from_pretrained)  # type: ignore[attr-defined]
 
 # %% ../nbs/13c_pretrained.ipynb #7a4552f7
-def _slide_from_pretrained(cls: type[GigaPathSlideEncoder], path: str | Path, **values: Any) -> GigaPathSlideEncoder:
+def _slide_from_pretrained(cls: type[GigaPathSlideEncoder], /, path: str | Path, **values: Any) -> GigaPathSlideEncoder:
     """From `slide_encoder.pth` (its "model" entry), a safetensors file or what `save_pretrained` wrote; in eval mode.
 
     `values` are fields of `GigaPathConfig`, for files only. Raises `FileNotFoundError`, or `ValueError` if the tensors
@@ -161,7 +162,8 @@ def _slide_from_pretrained(cls: type[GigaPathSlideEncoder], path: str | Path, **
         if values:
             got = ", ".join(values)
             raise ValueError(complaint("values", "be left out for a folder", got, "it has a config.json of its own"))
-        return from_pretrained(path, cls)
+        model: GigaPathSlideEncoder = from_pretrained(path, cls)
+        return model
     with torch.device("meta"):
         model = cls(**values)
     tensors = read_tensors(path)
@@ -174,6 +176,7 @@ GigaPathSlideEncoder.from_pretrained = classmethod(_slide_from_pretrained)  # ty
 # %% ../nbs/13c_pretrained.ipynb #62126cf9
 def _longnet_from_torchscale(
     cls: type[LongNetEncoder],
+    /,
     state_dict: Mapping[str, Tensor],
     num_heads: int,
     segment_lengths: tuple[int, ...],
