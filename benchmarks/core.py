@@ -42,7 +42,8 @@ def causal_mask() -> dict[str, Any]:
         assert torch.equal(looped(n), vectorised(n, n))
         runs = {"loop": lambda n=n: looped(n), "vectorised": lambda n=n: vectorised(n, n)}
         t = medians(in_turn(runs, 3))
-        rows.append({"n": n, "loop_ms": t["loop"] * 1e3, "vectorised_ms": t["vectorised"] * 1e3})
+        row = {"n": n, "loop_ms": t["loop"] * 1e3, "vectorised_ms": t["vectorised"] * 1e3}
+        rows.append(row | {"speedup": t["loop"] / t["vectorised"]})
     return {"rows": rows}
 
 

@@ -38,7 +38,8 @@ def oldest(extra: str, requires: Sequence[str]) -> str:
 
 def extra_obstacle(extra: str, version: str | None, least: str) -> str | None:
     "Why an extra can't be had with that version of its package installed, None for no package; None if it can be had."
-    install = f"pip install '{DISTRIBUTION}[{extra}]'"
+    built = "--no-build-isolation " if extra == "flash-attn" else ""  # its build imports the PyTorch that is installed
+    install = f"pip install {built}'{DISTRIBUTION}[{extra}]'"
     if version is None:
         return f"the package {extra} is not installed: {install}"
     return None if TorchVersion(version) >= least else f"{extra} {version} is older than {least}: {install}"

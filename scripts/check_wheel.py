@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata as metadata
+import os
 import re
 import subprocess
 import sys
@@ -164,6 +165,18 @@ def readme_lines() -> str:
     return match[1]
 
 
+def resolved(wheel: Path, declared: list[str], extra: str, folder: Path) -> str:
+    "Let pip resolve the wheel with an extra against the package index, without installing; what came of it, in words."
+    built = extra == "flash-attn"  # from source, which imports PyTorch; no kernel is compiled to learn what it needs
+    found = requirements([*declared, "setuptools", "wheel", "packaging"])[0] if built else {}
+    python = environment(folder / f"online-{extra}", found)
+    how = ["--no-build-isolation"] if built else ["-c", ROOT / "constraints.txt"]
+    os.environ["FLASH_ATTENTION_SKIP_CUDA_BUILD"] = "TRUE"
+    said = run(pip(python, "--dry-run", *how, f"{wheel}[{extra}]"), folder, f"resolving [{extra}] online")
+    would = next(line for line in said.splitlines() if line.startswith("Would install"))
+    return f"{len(would.split()) - 2} packages would be installed, {would.split()[-1]} among them"
+
+
 def contents(wheel: Path) -> list[str]:
     "Check the wheel's files: the package as it stands here, marked as typed, alone. Returns what it requires."
     with zipfile.ZipFile(wheel) as archive:
@@ -213,10 +226,7 @@ def main() -> int:
         for extra in extras:
             print(f"with [{extra}]: {check_extra(wheel, declared, extra, folder)}", flush=True)
         for extra in extras if online else ():
-            python = environment(folder / f"online-{extra}", {})
-            pinned = ["-c", ROOT / "constraints.txt"]
-            said = run(pip(python, "--dry-run", *pinned, f"{wheel}[{extra}]"), folder, f"resolving [{extra}] online")
-            print(f"with [{extra}], online: {said.splitlines()[-1][:200]}", flush=True)
+            print(f"with [{extra}], online: {resolved(wheel, declared, extra, folder)}", flush=True)
     return 0
 
 
