@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata as metadata
-import os
 import re
 import subprocess
 import sys
@@ -167,14 +166,18 @@ def readme_lines() -> str:
 
 def resolved(wheel: Path, declared: list[str], extra: str, folder: Path) -> str:
     "Let pip resolve the wheel with an extra against the package index, without installing; what came of it, in words."
-    built = extra == "flash-attn"  # from source, which imports PyTorch; no kernel is compiled to learn what it needs
-    found = requirements([*declared, "setuptools", "wheel", "packaging"])[0] if built else {}
-    python = environment(folder / f"online-{extra}", found)
-    how = ["--no-build-isolation"] if built else ["-c", ROOT / "constraints.txt"]
-    os.environ["FLASH_ATTENTION_SKIP_CUDA_BUILD"] = "TRUE"
-    said = run(pip(python, "--dry-run", *how, f"{wheel}[{extra}]"), folder, f"resolving [{extra}] online")
+    if extra == "flash-attn":  # from source alone: even to learn what it needs, pip would have to begin its build
+        (wanted,) = (Requirement(line) for line in declared if line.startswith(extra))
+        listed = run([sys.executable, "-m", "pip", "index", "versions", extra], folder, f"asking for {extra} online")
+        newest = re.search(rf"^{extra} \((\S+)\)", listed, re.MULTILINE)
+        if not newest or newest[1] not in wanted.specifier:
+            raise SystemExit(f"the index offers no {extra}{wanted.specifier}:\n{listed}")
+        return f"the newest is {newest[1]}, which {wanted.specifier} lets in; it would be built from source"
+    python = environment(folder / f"online-{extra}", {})
+    install = pip(python, "--dry-run", "-c", ROOT / "constraints.txt", f"{wheel}[{extra}]")
+    said = run(install, folder, f"resolving [{extra}] online")
     would = next(line for line in said.splitlines() if line.startswith("Would install"))
-    return f"{len(would.split()) - 2} packages would be installed, {would.split()[-1]} among them"
+    return f"{len(would.split()) - 2} packages would be installed"
 
 
 def contents(wheel: Path) -> list[str]:

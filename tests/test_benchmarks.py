@@ -14,8 +14,10 @@ from hypothesis import given
 from dilated_attention_nb import benchmarks
 from dilated_attention_nb.benchmarks import (
     LABELS,
+    LONG,
     LONGEST,
     NOTES,
+    WINDOW,
     WORSE,
     Limits,
     Work,
@@ -35,6 +37,7 @@ from dilated_attention_nb.benchmarks import (
     torchscale_attention,
 )
 from dilated_attention_nb.testing import attention_cases, make_qkv, oracle_attention, oracle_counts
+from dilated_attention_nb.training import stage_of
 
 
 @drawn(100)
@@ -260,10 +263,50 @@ def test_scripts_have_no_harness_of_their_own(path):
     assert stored.keys() <= getattr(module, "SECTIONS", {"phase_1_1": None}).keys()
 
 
+STEPS = [(0.5, 1.0, 4.0), (0.3, 0.7, 5.0), (0.01, 0.01, 7.3), (2.0, 6.0, 31.0)]
+
+
+@pytest.mark.parametrize("real", STEPS)
+@pytest.mark.parametrize("wrong", [1.0, 0.6, 1.7])
+def test_equal_budgets_are_equal(real, wrong):
+    "However wrong the first estimate of a step is, training ends within the budget, less than a step before its end."
+    comparison, now, seen = script(ROOT / "benchmarks/comparison.py"), [5.0], []
+    lengths = {128: real[0], 256: real[1], 1024: real[2]}
+
+    def take(plan, step):
+        length, index = stage_of(plan, step)
+        seen.append((length, index, step))
+        now[0] += lengths[length]
+
+    count, taken = comparison.train_for(120.0, [wrong * s for s in real], take, lambda: now[0], 1024)
+    assert [step for *_, step in seen] == list(range(count)) and taken == pytest.approx(now[0] - 5.0)
+    order = [length for length, *_ in seen]
+    assert order == sorted(order)
+    allowed = max(0.0, wrong - 1, 1 / wrong - 1) * max(real)  # a first step of a stage, judged by the estimate
+    assert 120.0 - max(real) - allowed < taken <= 120.0 + allowed + 1e-6
+    for length in set(order):  # no window of the text twice or left out
+        assert [i for n, i, _ in seen if n == length] == list(range(order.count(length)))
+
+
+def test_long_lengths_leave_out_what_they_say(monkeypatch):
+    comparison = script(ROOT / "benchmarks/comparison.py")
+    monkeypatch.setattr(
+        comparison, "LONG", {"dense": (256, "too slow"), "improved": (1024, ""), WINDOW: (512, "large")}
+    )
+    rows = list(comparison.timed_long((256, 512), "forward"))
+    assert [(r["n"], r["method"], "ms" in r, r.get("left_out")) for r in rows] == [
+        (256, "dense", True, None), (256, "improved", True, None), (256, WINDOW, True, None),
+        (512, "dense", False, "too slow"), (512, "improved", True, None), (512, WINDOW, True, None),
+    ]  # fmt: skip
+    assert [r["ratio"] for r in rows if r["method"] == "improved"] == [1.0, 1.0]
+    (row,) = [r for r in comparison.timed_long((256,), "forward+backward") if "ms" in r]
+    assert row["method"] == "improved" and label(rows[3]) == "n 512, what forward, method dense"
+
+
 def test_labels_and_methods():
     assert label({"n": 8, "rho": 0.1, "ratio": 1.0, "ms": 2.0, "dtype": "float32"}) == "n 8, rho 0.1, dtype float32"
     q, k, v = make_qkv(1, 256, 2, 8)
-    for name in set(LONGEST) - {"flex"}:
+    for name in {*LONGEST, *LONG} - {"flex"}:
         assert method(name, 256, 2, True)(q, k, v).shape == q.shape
     with pytest.raises(ValueError, match="name must be one of dense"):
         method("sparse", 256, 2, True)
