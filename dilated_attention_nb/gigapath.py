@@ -23,7 +23,7 @@ from dilated_attention_nb.config import (
     check_positive,
     complaint,
 )
-from .longnet import LongNetConfig, LongNetEncoder
+from .longnet import LongNetConfig, LongNetEncoder, evaluating
 
 # %% ../nbs/13b_gigapath.ipynb #a5a615c1
 def position_codes(
@@ -209,9 +209,10 @@ def attention_rollout(
 ) -> Float[Tensor, "b n"]:
     """How much of each tile reaches the slide's embedding along attention: shares that add up to 1.
 
-    Abnar and Zuidema 2020, arXiv:2005.00928, without ever making a matrix of weights. Raises as the model does.
+    Abnar and Zuidema 2020, arXiv:2005.00928, without ever making a matrix of weights, and without dropout. Raises as
+    the model does.
     """
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), evaluating(model):
         states = list(model.encoder.states(model.embed(x, coords)))
         share = torch.zeros_like(states[0][..., 0])
         share[:, 1:] = float(model.config.global_pool)

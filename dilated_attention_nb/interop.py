@@ -232,6 +232,11 @@ def register_with_transformers(
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         length, real = attention_mask.shape[3], attention_mask.as_subclass(Tensor)
         causally = isinstance(attention_mask, _SeenCausal)
+        decoder = getattr(module, "is_decoder", False) or "Cross" in type(module).__name__
+        if not causally and (decoder or q.shape[1] != k.shape[1]):
+            got = f"{q.shape[1]} queries for {k.shape[1]} keys in {type(module).__name__}"
+            advice = "keys must be the queries' own tokens: a model with an encoder and a decoder can't be dilated"
+            raise ValueError(complaint("attention", "not be cross-attention", got, advice))
         out = _attend_rows(q, k[:, :length], v[:, :length], causally, real.flatten(1), config, scaling)
         return F.dropout(out, dropout, module.training), None
 

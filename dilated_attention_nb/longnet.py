@@ -10,6 +10,7 @@ __all__ = ['POSITIONS', 'LARGEST_EXPONENT', 'LongNetConfig', 'longnet_125m', 'lo
 # %% ../nbs/12_longnet.ipynb #9f16e6b4
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -249,6 +250,19 @@ class LongNetLayer(nn.Module):
         return x * kept / (1 - self.drop_path)
 
 # %% ../nbs/12_longnet.ipynb #cd7efe97
+def _check_cache(cache: Any, config: LongNetConfig, rows: int) -> None:
+    "Raises unless `cache` is None or can remember so many rows of a model of this config."
+    if cache is None:
+        return
+    advice = "make one with LongNetCache(model.config, batch_size)"
+    if not all(hasattr(cache, name) for name in ("config", "layers", "batch_size", "positions", "embed")):
+        raise TypeError(complaint("cache", "be a LongNetCache, a JoinedCache or None", type(cache).__name__, advice))
+    if cache.config != config:
+        raise ValueError(complaint("cache", "be made for this model's config", cache.config, advice))
+    if cache.batch_size != rows:
+        raise ValueError(complaint("cache", f"be made for a batch of {rows}", cache.batch_size, advice))
+
+
 class LayerStack(nn.Module):
     "Layers one after another, then a LayerNorm; over embeddings. Raises `TypeError` for another config."
 
@@ -259,15 +273,14 @@ class LayerStack(nn.Module):
         self.layer_norm = nn.LayerNorm(config.embed_dim, config.layer_norm_eps)
 
     def _rotation(self, x: Tensor, is_causal: bool, cache: Any) -> Rotation | None:
-        "Of the positions of `x`, for all layers."
+        "Of the positions of `x`, for all layers. Raises `RuntimeError` for a cache that an interruption left half way."
+        positions = torch.arange(x.shape[1], device=x.device) if cache is None else cache.positions(x.shape[1])
         if self.config.position == "none":
             return None
         if self.config.position == "xpos" and not is_causal:
             advice = "use 'rope' or 'none': xPos grows for keys to the right"
             raise ValueError(complaint("position", "not be 'xpos' without is_causal", "'xpos'", advice))
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        positions = torch.arange(x.shape[1], device=x.device) if cache is None else cache.positions(x.shape[1])
-        return make_rotation(positions, self.config, dtype)
+        return make_rotation(positions, self.config, torch.promote_types(x.dtype, torch.float32))
 
     def states(
         self,
@@ -283,8 +296,7 @@ class LayerStack(nn.Module):
             rule = f"have shape [batch, seq, embed_dim] with embed_dim {self.config.embed_dim}"
             raise ValueError(complaint("x", rule, tuple(x.shape), "the batch comes first"))
         check_home("x", x, self.layer_norm.weight)
-        if cache is not None and cache.config != self.config:
-            raise ValueError(complaint("cache", "be made for this model's config", cache.config, "make another"))
+        _check_cache(cache, self.config, x.shape[0])
         position = self._rotation(x, is_causal, cache)
         x = F.dropout(x, self.config.dropout, self.training)
         yield x
@@ -411,6 +423,19 @@ def check_tokens(name: str, x: Any, vocab_size: int, ignored: int | None = None)
             raise ValueError(complaint(name, rule, low if low < 0 else high, "is it another tokenizer's?"))
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    "Without dropout; afterwards each part of the model is in the mode that it was in."
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def _embedding(vocab_size: int, embed_dim: int) -> nn.Embedding:
     "Normal with variance `1 / embed_dim`."
     table = nn.Embedding(vocab_size, embed_dim)
@@ -474,6 +499,7 @@ class LongNet(nn.Module):
         "What the head reads: of every token, or of those that follow what the cache has read. Raises as `forward`."
         check_tokens("tokens", tokens, self.head_weight.shape[0])
         check_home("tokens", tokens, self.head_weight)
+        _check_cache(cache, self.config, tokens.shape[0])
         x = self.embed_tokens(tokens) if cache is None else cache.embed(self.embed_tokens, tokens)
         states: Tensor = self.decoder(x * self.config.embed_dim**0.5, key_padding_mask, True, cache)
         return states

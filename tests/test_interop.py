@@ -224,6 +224,8 @@ def test_rollout_is_the_product_of_the_matrices(pooled):
     assert got.shape == (2, 60) and not got.requires_grad and all(p.grad is None for p in model.parameters())
     with torch.inference_mode():
         assert torch.allclose(attention_rollout(model, x, coords), got, atol=1e-6)
+    model.train()  # dropout stays out of it
+    assert torch.allclose(attention_rollout(model, x, coords), got, atol=1e-6) and model.encoder.training
 
 
 def test_strided_tiles_and_integer_coordinates():
@@ -458,6 +460,9 @@ def test_configs_that_do_not_fit_are_explained(tmp_path):
         "num_layers must be an integer": about | {"config": about["config"] | {"num_layers": "2"}},
         "be a dict": {"class": "LongNet"},
     }
+    for field in about["config"]:  # a default need not be what the model was made with
+        rest = {name: value for name, value in about["config"].items() if name != field}
+        wrong[f"must have all fields of LongNetConfig, got no {field};"] = about | {"config": rest}
     for message, content in wrong.items():
         config.write_text(json.dumps(content))
         with pytest.raises(ValueError, match=message):
