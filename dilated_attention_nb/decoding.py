@@ -59,7 +59,7 @@ class LongNetCache:
             self.layers = [
                 DilatedKVCache(config.attention_config, *shape, max_seq_len, **place) for _ in range(config.num_layers)
             ]
-        self.batch_size = self.layers[0].batch_size
+        self.batch_size, self.device = self.layers[0].batch_size, self.layers[0].device
         self.recent: dict[int, Tensor] = {}  # by number of tokens read: the last of them, which an embedding looks at
 
     @property
@@ -119,7 +119,7 @@ class JoinedCache:
             raise ValueError(complaint("parts", rule, f"{len(parts)} of them", advice))
         self.parts, self.config = list(parts), parts[0].config
         self.sizes = [part.batch_size for part in parts]
-        self.batch_size = sum(self.sizes)
+        self.batch_size, self.device = sum(self.sizes), parts[0].device
         self.layers = [_Rows([part.layers[i] for part in parts]) for i in range(self.config.num_layers)]
 
     @property

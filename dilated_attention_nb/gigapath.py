@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dilated_attention_nb.config import (
     FLOAT_DTYPES,
     Config,
+    check_dropout,
     check_flag,
     check_home,
     check_int,
@@ -120,6 +121,7 @@ class GigaPathConfig(Config):
         self._check(check_int, "in_chans", "embed_dim", "depth", "num_heads", "ffn_dim", "slide_ngrids", "tile_size")
         self._check(check_flag, "global_pool", "check_layout")
         self._check(check_positive, "norm_eps")
+        self._check(check_dropout, "dropout", "drop_path_rate")
         if self.embed_dim % 4:
             raise ValueError(
                 complaint("embed_dim", "be a multiple of 4", self.embed_dim, "the codes of places need it")
@@ -165,7 +167,10 @@ class GigaPathSlideEncoder(nn.Module):
         "What the first layer reads: the class token and the tiles with their places, `m = n + 1`."
         c = self.config
         if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[2] != c.in_chans or not x.shape[0] * x.shape[1]:
-            got, rule = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__, "be a tensor [batch, tiles, {}]"
+            got, rule = (
+                tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__,
+                "be a tensor [batch, tiles, {}], none of them 0",
+            )
             raise ValueError(complaint("x", rule.format(c.in_chans), got, "add the batch with [None]"))
         if x.dtype not in FLOAT_DTYPES:
             raise TypeError(complaint("x", "be a float tensor", x.dtype, "convert it with .float()"))

@@ -378,10 +378,10 @@ def no_caches(config):
         "be a LongNetCache.*got str": "cache", "got dict": {}, "got Tensor": torch.zeros(2), "got LongNet;": make(),
         "got KVCache": KVCache(200, 4, 16, 2, **place), "got list": [LongNetCache(config, 2, **place)],
         "got DilatedKVCache": LongNetCache(config, 2, **place).layers[0], "got type": LongNetCache,
-        "this model's config": LongNetCache(longnet_tiny(num_heads=2), 2, **place),
+        "this model's config, got one with num_heads=2, ": LongNetCache(longnet_tiny(num_heads=2), 2, **place),
         "a batch of 2, got 1;": one, "a batch of 2, got 3;": JoinedCache([one, LongNetCache(config, 2, **place)]),
         r"\[2, n, 4, 16\] in torch.float32.*in torch.float64": LongNetCache(config, 2, dtype=torch.float32),
-        "on meta, got .* on cpu": LongNetCache(config, 2, device="meta", **place),
+        "on the tokens' device cpu, got meta": LongNetCache(config, 2, device="meta", **place),
         "at most 100 tokens, got 110": LongNetCache(config, 2, 100, **place),
     }  # fmt: skip
 

@@ -339,7 +339,7 @@ BAD_ARGUMENTS = [
 
 @pytest.mark.parametrize("change", BAD_ARGUMENTS)
 def test_bad_arguments_are_named(change):
-    name = next(iter(change)).removesuffix("_rate")
+    name = next(iter(change))
     with pytest.raises((ValueError, TypeError), match="embed_dim" if name in ("num_heads", "embed_dim") else name):
         GigaPathSlideEncoder(**SMALL | change)
 
@@ -575,6 +575,17 @@ def test_dilation_takes_effect_in_eval_too():
         assert torch.equal(twin(other)[:, :6], twin(x)[:, :6])
 
 
+def test_a_layer_in_several_places_stays_one():
+    layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True)
+    shared = nn.MultiheadAttention(32, 4, batch_first=True)
+    model = nn.ModuleDict({"layers": nn.ModuleList([layer, layer]), "a": shared, "b": shared})
+    count = len(list(model.parameters()))
+    replace_attention(model, FULL)
+    assert isinstance(model["a"], DilatedMHA) and model["a"] is model["b"]
+    assert isinstance(model["layers"][1].self_attn, DilatedMHA) and model["layers"][0] is model["layers"][1]
+    assert len(list(model.parameters())) == count
+
+
 def test_an_optimizer_made_before_still_trains_it():
     model = stack()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -666,6 +677,8 @@ def test_what_cannot_be_replaced_is_refused(make, message):
         (dict(query=None), ValueError, "query must be a tensor"), (dict(key=[1]), ValueError, "key must be a tensor"),
         (dict(query=torch.zeros(2, 24, 16)), ValueError, "query must be a tensor"),
         (dict(value=torch.zeros(2, 24, 16)), ValueError, "value must be a tensor"),
+        (dict(key=torch.zeros(24, 32)), ValueError, "key must have query's 3 dimensions"),
+        (dict(query=torch.zeros(2, 24, 32).long()), TypeError, "query must be a floating-point tensor"),
         (dict(query=torch.zeros(32)), ValueError, "query must be"), (dict(is_causal=1), TypeError, "is_causal"),
         (dict(query=torch.zeros(1, 2, 24, 32)), ValueError, "query must be"),
         (dict(query=torch.zeros(2, 24, 32).double()), TypeError, "module's dtype"),
