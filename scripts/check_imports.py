@@ -198,6 +198,8 @@ def check_cells(nb: Notebook) -> list[str]:
     for i, cell, text in nb.code():
         shown = any(kind.startswith("image/") for out in cell.get("outputs", []) for kind in out.get("data", {}))
         alt = FIG_ALT.search(text)
+        if alt and not shown:
+            wrong.append(f"{nb.name}, cell {i} ({cell.get('id')}): words for a figure that isn't stored; execute it")
         if shown and (alt is None or len(alt[1].split()) < 5):
             wrong.append(
                 f"{nb.name}, cell {i} ({cell.get('id')}): a figure without words; "

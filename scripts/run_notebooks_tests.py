@@ -29,8 +29,8 @@ MARK, RESULT = "running the cell ", "notebook result: "
 
 def run_here(path: Path) -> int:
     "Run one notebook with nbdev in this process; a line beginning with RESULT says how many cells ran."
+    import execnb.shell
     import nbdev.test
-    from execnb.shell import CaptureShell
     from fastcore.basics import AttrDict
     from IPython.core.interactiveshell import InteractiveShell
     from IPython.utils.capture import capture_output
@@ -40,20 +40,26 @@ def run_here(path: Path) -> int:
     code = {key: (i, c) for key, (i, c) in stored.items() if c["cell_type"] == "code"}
     ran, wrong = 0, [f"cell {i} ({key}): {why}" for key, (i, c) in code.items() if (why := misused(c))]
 
-    class Shell(CaptureShell):
-        "nbdev's shell, with figures in Jupyter's resolution, and with what is printed in a cell that ends with `;`."
+    # as in Jupyter, MPLBACKEND names the backend, which is loaded with the first figure and then looks for the shell
+    execnb.shell.set_matplotlib_formats = None
+    sys.modules.pop("matplotlib_inline.backend_inline", None)
+
+    class Shell(execnb.shell.CaptureShell):
+        "nbdev's shell, showing what Jupyter shows: what is printed in a cell that ends with `;`, too."
 
         def __init__(self, path):
-            super().__init__(path, mpl_format="png")
+            super().__init__(path)
+            self.displayhook.compute_format_data = lambda result: ({}, {})  # done once, for the output that is kept
 
         def _run(self, raw_cell, store_history=False, silent=False, shell_futures=True, cell_id=None, **_):
+            quiet = raw_cell.rstrip().endswith(";")
+            self.displayhook.quiet = lambda: quiet
             with capture_output() as c:
                 result = InteractiveShell.run_cell(
                     self, raw_cell, store_history, silent, shell_futures=shell_futures, cell_id=cell_id
                 )
             return AttrDict(result=result, stdout=c.stdout, stderr=c.stderr, display_objects=c.outputs,
-                            exception=result.error_in_exec or result.error_before_exec,
-                            quiet=raw_cell.rstrip().endswith(";"))  # fmt: skip
+                            exception=result.error_in_exec or result.error_before_exec, quiet=quiet)  # fmt: skip
 
         def cell(self, c, *args, **kwargs):
             nonlocal ran

@@ -114,6 +114,7 @@ def test_lessons_may_import_what_exported_code_may_not(tmp_path):
         ([prose("# A"), code(f"x = {'1' * 500_000!r}")], "KB stored"),
         ([prose("# A"), code("draw()", id="drawn", outputs=[PICTURE])], "cell 2 (drawn): a figure without words"),
         ([prose("# A"), code('#| fig-alt: "a plot"', "draw()", outputs=[PICTURE])], "a figure without words"),
+        ([prose("# A"), code('#| fig-alt: "time over length, a rising line"', "draw()")], "a figure that isn't stored"),
     ],
 )
 def test_a_notebook_that_would_be_lost_is_found(tmp_path, cells, complaint):
