@@ -371,6 +371,7 @@ if TYPE_CHECKING:
     from dilated_attention_nb import elastic as elastic
     from dilated_attention_nb.elastic import (
         Checkpoints as Checkpoints,
+        doomed_worker as doomed_worker,
         elastic_configs as elastic_configs,
         elastic_main as elastic_main,
         parse_elastic as parse_elastic,
@@ -730,6 +731,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     ),
     "elastic": (
         "Checkpoints",
+        "doomed_worker",
         "elastic_configs",
         "elastic_main",
         "parse_elastic",
@@ -915,6 +917,7 @@ __all__ = [
     "demo_fill",
     "demo_ring",
     "dilated_attention",
+    "doomed_worker",
     "draw_tokens",
     "elastic_configs",
     "elastic_main",
