@@ -483,3 +483,13 @@ def test_flags_of_the_guide_exist():
         if words[0] == "torchrun":
             launcher = ["4" if word.startswith("$SLURM_NNODES") else word for word in words[1:at]]
             get_args_parser().parse_args([*launcher, "script"])
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(tmp_path):
+    with pytest.raises(RuntimeError, match="rows must be a multiple of 2, the ranks that share a batch, got 3"):
+        spawn_gloo(shared_batch_worker, 2, str(tmp_path))
+
+
+def shared_batch_worker(rank, world, folder):
+    part = DistributedLongNet(LongNet(TINY), DistributedConfig())
+    train_elastic(part, torch.arange(500).short(), Path(folder), 1, 64, 3)
