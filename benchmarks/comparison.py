@@ -209,8 +209,8 @@ def train_for(
 ) -> tuple[int, float]:
     """Take steps of all stages until no more fits into the budget; returns their number and the time that they took.
 
-    The plan is made anew before every step, from what the steps of its stage took so far. So the last one ends less than
-    one step, the longest, before the time is over, and the rates of learning have then come down as planned.
+    The plan is made anew before every step, from what the steps of its stage took so far. So the last one ends less
+    than one step, the longest, before the time is over, and the rates of learning have then come down as planned.
     """
     taken, spent, stage, begin = [0 for _ in seconds], [0.0 for _ in seconds], 0, clock()
     while True:
