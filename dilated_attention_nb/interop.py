@@ -68,6 +68,11 @@ class DilatedMHA(nn.MultiheadAttention):
                 shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
                 rule = f"be a tensor [batch, tokens, {self.embed_dim}] or [tokens, {self.embed_dim}]"
                 raise ValueError(complaint(name, rule, shape, "embed the tokens first"))
+            if not x.is_floating_point():
+                raise TypeError(complaint(name, "be a floating-point tensor", x.dtype, "embed the tokens first"))
+            if x.dim() != query.dim():
+                rule, advice = f"have query's {query.dim()} dimensions", "give all a batch, or none"
+                raise ValueError(complaint(name, rule, tuple(x.shape), advice))
             check_home(name, x, self.in_proj_weight)
         turned, single = not self.batch_first and query.dim() == 3, query.dim() == 2
         inputs = [x.transpose(0, 1) if turned else x[None] if single else x for x in (query, key, value)]
@@ -130,14 +135,16 @@ def replace_attention(model: nn.Module, config: DilatedAttentionConfig) -> nn.Mo
     check_config("config", config, DilatedAttentionConfig)
     if not isinstance(model, nn.Module):
         raise TypeError(complaint("model", "be a module", type(model).__name__, "make one of the class"))
-    found: list[tuple[nn.Module, str, DilatedMHA]] = []
-    for parent in model.modules():
-        for name, child in parent.named_children():
-            crossing = isinstance(parent, nn.TransformerDecoderLayer) and name == "multihead_attn"
-            if type(child) is nn.MultiheadAttention and not crossing:
-                found.append((parent, name, _dilated_twin(child, config)))
     if type(model) is nn.MultiheadAttention:
         return _dilated_twin(model, config)
+    found: list[tuple[nn.Module, str, DilatedMHA]] = []
+    twins: dict[nn.Module, DilatedMHA] = {}  # a layer that stands in several places stays one
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            crossing = isinstance(parent, nn.TransformerDecoderLayer) and name == "multihead_attn"
+            if type(child) is nn.MultiheadAttention and not crossing:
+                twins[child] = twins.get(child) or _dilated_twin(child, config)
+                found.append((parent, name, twins[child]))
     if not found:
         rule = "have a nn.MultiheadAttention that attends to itself"
         raise ValueError(complaint("model", rule, type(model).__name__, "build one with MultiheadDilatedAttention"))
@@ -232,6 +239,11 @@ def register_with_transformers(
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         length, real = attention_mask.shape[3], attention_mask.as_subclass(Tensor)
         causally = isinstance(attention_mask, _SeenCausal)
+        decoder = getattr(module, "is_decoder", False) or "Cross" in type(module).__name__
+        if not causally and (decoder or q.shape[1] != k.shape[1]):
+            got = f"{q.shape[1]} queries for {k.shape[1]} keys in {type(module).__name__}"
+            advice = "keys must be the queries' own tokens: a model with an encoder and a decoder can't be dilated"
+            raise ValueError(complaint("attention", "not be cross-attention", got, advice))
         out = _attend_rows(q, k[:, :length], v[:, :length], causally, real.flatten(1), config, scaling)
         return F.dropout(out, dropout, module.training), None
 

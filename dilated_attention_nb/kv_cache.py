@@ -80,7 +80,7 @@ class _Cache:
         fits = (k.shape[0], *k.shape[2:]) == (self.batch_size, self.num_kv_heads, self.head_dim)
         if not fits or k.dtype != self.dtype or k.device.type != self.device.type:
             got = f"{tuple(k.shape)} in {k.dtype} on {k.device}"
-            raise ValueError(complaint("k", rule, got, "make the cache for this batch, model and dtype"))
+            raise ValueError(complaint("k", rule, got, "make the cache for this batch, model, device and dtype"))
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
             raise ValueError(complaint("q, k and v", "need no gradient", "some that do", "use torch.no_grad()"))
         after = self.length + k.shape[1]

@@ -115,7 +115,8 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
 def from_pretrained(folder: str | Path, kind: type[nn.Module] | None = None) -> Any:
     """The model that `save_pretrained` wrote, in eval mode. It must be a `kind`, as in `LongNet.from_pretrained`.
 
-    Raises `FileNotFoundError`, or `ValueError` for a file that is truncated, or a config or tensors that don't fit.
+    Raises `FileNotFoundError`, or `ValueError` for a file that is truncated, a config that lacks a field, or what
+    doesn't fit.
     """
     path = Path(folder) / _CONFIG
     try:
@@ -130,10 +131,16 @@ def from_pretrained(folder: str | Path, kind: type[nn.Module] | None = None) -> 
     if unknown := sorted(about.keys() - {"class", "config"}):
         raise ValueError(complaint(str(path), "have 'class' and 'config' alone", ", ".join(unknown), "is it ours?"))
     config, build = _MODELS[name]
+    values = about.get("config")
     try:
-        made = config.from_dict(about.get("config"))
+        made = config.from_dict(values)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
+    if missing := [field for field in made.to_dict() if field not in values]:
+        advice = "the model may have been another: add what it was made with"
+        raise ValueError(
+            complaint(str(path), f"have all fields of {config.__name__}", "no " + ", ".join(missing), advice)
+        )
     with torch.device("meta"):
         model = build(made)
     return fill_exactly(model, read_tensors(Path(folder) / _TENSORS), Path(folder) / _TENSORS).eval()

@@ -8,6 +8,8 @@ transformers = pytest.importorskip("transformers", reason="pip install 'dilated-
 from transformers import (  # noqa: E402
     AttentionInterface,
     AttentionMaskInterface,
+    BartConfig,
+    BartModel,
     BertConfig,
     BertModel,
     DynamicCache,
@@ -257,3 +259,14 @@ def test_too_few_heads_are_refused():
     register_with_transformers("dilated_many", DilatedAttentionConfig(5 * (8,), 5 * (1,), ragged="mask"))
     with pytest.raises(ValueError, match="num_heads"):
         make("llama", "dilated_many")(tokens())
+
+
+def test_cross_attention_is_refused():
+    torch.manual_seed(0)
+    size = dict(d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4)
+    config = BartConfig(**size, encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=99, max_position_embeddings=64)
+    model = BartModel._from_config(config, attn_implementation="dilated").eval()
+    assert model.encoder(tokens()).last_hidden_state.isfinite().all()
+    for n in (20, 50):  # as many queries as keys, too
+        with pytest.raises(ValueError, match=f"not be cross-attention, got {n} queries for 50 keys in BartAttention"):
+            model(tokens(), decoder_input_ids=tokens(n=n))
