@@ -291,9 +291,9 @@ def regressions(
 ) -> Iterator[Regression]:
     """Figures of `fresh` that are worse than the stored ones by more than the part `slack`.
 
-    Raises `ValueError` if nothing can be compared: another processor, or no row in common.
+    Raises `ValueError` if nothing can be compared: another processor or clock, or no row in common.
     """
-    for key in ("device", "processor", "threads"):
+    for key in ("device", "processor", "threads", "clock"):
         if stored.get(key) != fresh.get(key):
             got = f"{fresh.get(key)!r}, stored {stored.get(key)!r}"
             raise ValueError(complaint(key, "be that of the stored section", got, "store a measurement of your own"))

@@ -5,6 +5,7 @@ import importlib.util
 import io
 import itertools
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -88,6 +89,21 @@ def test_a_wrong_import_is_found(tmp_path, line, complaint):
     assert "04_masking" in found and complaint in found
 
 
+def test_the_module_that_python_runs(tmp_path):
+    "`__main__` comes from a notebook called main; of the package root it may have the version, and nothing else."
+    cells = code("#| default_exp __main__"), prose("# main")
+    version, more = (
+        code("#| export", f"from dilated_attention_nb import {x}") for x in ("__version__", "__version__, f")
+    )
+    write(tmp_path / "nbs/19_main.ipynb", *cells, version)
+    assert load("check_imports").check(tmp_path) == []
+    write(tmp_path / "nbs/19_main.ipynb", *cells, more)
+    (found,) = load("check_imports").check(tmp_path)
+    assert "package root" in found
+    (tmp_path / "nbs/19_main.ipynb").rename(tmp_path / "nbs/19_start.ipynb")
+    assert any("call it NN_" in line for line in load("check_imports").check(tmp_path))
+
+
 def test_a_figure_with_words_passes(tmp_path):
     seen = code("#| hide_line", '#| fig-alt: "time over length, a line that rises"', "draw()", outputs=[PICTURE])
     write(tmp_path / "nbs/examples/one.ipynb", prose("# One"), seen)
@@ -168,6 +184,47 @@ def test_two_modules_may_not_export_one_name(tmp_path):
     (tmp_path / "b.py").write_text("__all__ = ['f']\n")
     with pytest.raises(SystemExit, match="a and b both export 'f'"):
         load("root").collect(tmp_path)
+
+
+# ---- check_wheel -----------------------------------------------------------------------------------------------------
+
+DECLARED = [
+    "einops>=0.8",
+    "jaxtyping>=0.2",
+    "hypothesis>=6; extra == 'dev'",
+    'no-such-package>=1; extra == "more"',
+    "triton>=3.5; sys_platform == 'nowhere' and extra == 'more'",
+]
+
+
+@pytest.mark.parametrize(
+    ("extra", "there", "missing"),
+    [
+        ("", {"einops", "jaxtyping"}, []),
+        ("dev", {"einops", "jaxtyping", "hypothesis"}, []),
+        ("more", {"einops", "jaxtyping"}, ["no-such-package"]),
+    ],
+)
+def test_what_an_environment_gets_is_what_is_declared(extra, there, missing):
+    found, absent = load("check_wheel").requirements(DECLARED, extra)
+    assert there <= set(found) and absent == missing
+    assert "wadler-lindig" in found, "what jaxtyping itself requires"
+    assert not {"pytest", "nbdev", "torch"} & set(found)
+
+
+def test_a_stand_in_is_a_wheel_that_pip_takes(tmp_path):
+    load("check_wheel").stand_in("flash-attn", "2.8.3", tmp_path)
+    command = [sys.executable, "-m", "pip", "install", "--no-index", "--dry-run", "--find-links", str(tmp_path)]
+    done = subprocess.run([*command, "flash-attn>=2.7"], capture_output=True, text=True)
+    assert done.returncode == 0 and "Would install flash-attn-2.8.3" in done.stdout.replace("flash_attn", "flash-attn")
+    assert subprocess.run([*command, "flash-attn>=2.9"], capture_output=True, text=True).returncode
+
+
+def test_a_program_that_ends_otherwise_is_a_failure(tmp_path):
+    run = load("check_wheel").run
+    assert run([sys.executable, "-c", "print(1); exit(3)"], tmp_path, "it", 3) == "1\n"
+    with pytest.raises(SystemExit, match="(?s)it failed, status 3:.*1"):
+        run([sys.executable, "-c", "print(1); exit(3)"], tmp_path, "it")
 
 
 # ---- notebooks -------------------------------------------------------------------------------------------------------
