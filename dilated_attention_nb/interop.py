@@ -19,6 +19,7 @@ from dilated_attention_nb.config import (
     check_config,
     check_heads,
     check_home,
+    check_placement,
     complaint,
 )
 from .gigapath import GigaPathConfig as GigaPathConfig
@@ -250,6 +251,8 @@ def register_with_transformers(
         for option in ("softcap", "s_aux", "position_bias", "sliding_window"):
             if extra.get(option) is not None:
                 raise ValueError(f"dilated attention has no {option}, which {type(module).__name__} asks for")
+        for which, x in (("query", query), ("key", key), ("value", value)):
+            check_placement(which, x, config.device, config.dtype)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         length, real = attention_mask.shape[3], attention_mask.as_subclass(Tensor)
         causally = isinstance(attention_mask, _SeenCausal)

@@ -1,5 +1,7 @@
 "Hugging Face models with dilated attention: small ones, randomly initialised, made from configs."
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -288,3 +290,10 @@ def test_a_mask_that_is_too_short_is_refused():
     for kind in MODELS:
         with pytest.raises(ValueError, match=r"attention_mask must cover all 50 tokens, got \(2, 40\)"):
             make(kind)(tokens(), attention_mask=torch.ones(2, 40).long())
+
+
+def test_device_and_dtype_of_the_config_are_checked():
+    for field, value in dict(dtype=torch.bfloat16, device=torch.device("meta")).items():
+        register_with_transformers("dilated_placed", replace(DILATED, **{field: value}))
+        with pytest.raises((TypeError, ValueError), match=f"query must be .*{value} as the config says"):
+            make("llama", "dilated_placed")(tokens())
