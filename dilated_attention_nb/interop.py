@@ -19,6 +19,7 @@ from dilated_attention_nb.config import (
     check_config,
     check_heads,
     check_home,
+    check_placement,
     complaint,
 )
 from .gigapath import GigaPathConfig as GigaPathConfig
@@ -167,12 +168,23 @@ def _dilated_twin(old: nn.MultiheadAttention, config: DilatedAttentionConfig) ->
     return new.train(old.training)
 
 # %% ../nbs/14_interop.ipynb #c6a9b933
+_PASSED_ON = frozenset(("__get__", "__repr__", "as_subclass", "to", "contiguous", "clone", "detach", "dim", "size"))
+
+
 class _Seen(Tensor):
     """What a model of transformers asked its mask function for: `[b, 1, 1, keys]`, True for real ones.
 
     Keys that a static cache has no content for are left out. Without padding it is `[b, 0, 1, keys]`. It is a tensor of
-    four dimensions because transformers passes those on as they are, and makes them contiguous or moves them.
+    four dimensions because transformers passes those on as they are, and makes them contiguous or moves them. Nothing
+    else can be done with it: a model that adds it to its scores computes an attention of its own.
     """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ not in _PASSED_ON:
+            rule, advice = "be handed to the attention as it is", "this model computes attention itself: take 'eager'"
+            raise ValueError(complaint("the mask", rule, f"{func.__name__}()", advice))
+        return super().__torch_function__(func, types, args, kwargs or {})
 
 
 class _SeenCausal(_Seen):
@@ -220,6 +232,9 @@ def register_with_transformers(
             advice = f"{name!r} can't be combined with sliding windows, chunks, packed sequences or other masks"
             raise ValueError(complaint("the model's mask", "be causal or bidirectional", got, advice))
         length = min(int(q_offset) + q_length, kv_length) if mask_function is causal else kv_length
+        if attention_mask is not None and attention_mask.shape[1] < length:
+            rule, advice = f"cover all {length} tokens", "1 for tokens, 0 for padding, the cached ones included"
+            raise ValueError(complaint("attention_mask", rule, tuple(attention_mask.shape), advice))
         real = torch.ones(batch_size, 0, 1, length, dtype=torch.bool)
         if attention_mask is not None and not attention_mask[:, :length].all():
             real = attention_mask[:, None, None, :length].bool()
@@ -236,6 +251,8 @@ def register_with_transformers(
         for option in ("softcap", "s_aux", "position_bias", "sliding_window"):
             if extra.get(option) is not None:
                 raise ValueError(f"dilated attention has no {option}, which {type(module).__name__} asks for")
+        for which, x in (("query", query), ("key", key), ("value", value)):
+            check_placement(which, x, config.device, config.dtype)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         length, real = attention_mask.shape[3], attention_mask.as_subclass(Tensor)
         causally = isinstance(attention_mask, _SeenCausal)
