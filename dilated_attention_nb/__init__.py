@@ -392,6 +392,7 @@ if TYPE_CHECKING:
         segments_of as segments_of,
         step_flops as step_flops,
         step_seconds as step_seconds,
+        zigzag_parts as zigzag_parts,
     )
     from dilated_attention_nb import benchmarks as benchmarks
 
@@ -750,6 +751,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "segments_of",
         "step_flops",
         "step_seconds",
+        "zigzag_parts",
     ),
     "benchmarks": (
     ),
@@ -1042,6 +1044,7 @@ __all__ = [
     "valid_lengths",
     "with_branches",
     "write_file",
+    "zigzag_parts",
 ]
 
 

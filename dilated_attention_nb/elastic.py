@@ -141,6 +141,9 @@ def train_elastic(
     lr: float = 1e-3,
 ) -> list[float]:  # of each step from the first on: the losses, in nats
     "Take the steps that are left, from the last checkpoint on. All ranks call it together."
+    if check_int("rows", rows) % part.sizes["data"]:
+        rule = f"be a multiple of the {part.sizes['data']} ranks that share the batch"
+        raise ValueError(complaint("rows", rule, rows, "change it, or the number of processes"))
     optimizer = torch.optim.AdamW(part.parameters(), lr=lr)
     checkpoints = Checkpoints(folder)
     step, losses = checkpoints.load(part, optimizer)
