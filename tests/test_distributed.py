@@ -646,3 +646,14 @@ def test_flags_of_the_guide_exist():
         if words[0] == "torchrun":
             launcher = ["4" if word.startswith("$SLURM_NNODES") else word for word in words[1:at]]
             get_args_parser().parse_args([*launcher, "script"])
+
+
+@pytest.mark.slow
+def test_memory_of_a_step_falls_with_the_ranks(monkeypatch):
+    "65,536 tokens, every process beyond what it held before: at four ranks at most 0.35 of one process."
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import distributed as measured
+
+    held = {world: measured.spawn("held", world, measured.LONG, measured.N_LONG) for world in (1, 4)}
+    alone, most = (max(peak for peak, _ in held[world]) for world in (1, 4))
+    assert alone > 2**28 and most <= 0.35 * alone
