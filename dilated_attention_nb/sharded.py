@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['share_positions', 'embed_share', 'put_ring', 'check_share', 'LongNetShare', 'MeanOverRanks', 'MeanLoss',
-           'share_in_ring', 'share_worker', 'Team', 'join_processes', 'joined_team']
+           'share_in_ring', 'share_worker', 'Team', 'group_backends', 'join_processes', 'joined_team']
 
 # %% ../nbs/12c_sharded.ipynb #db9ae0c0
 import json
@@ -246,14 +246,21 @@ class Team:
         return model if self.size == 1 else share_in_ring(model)
 
 
-def join_processes() -> torch.device:
+def group_backends(backend: str, cuda: bool) -> str:
+    "`backend` as torch.distributed takes it: NCCL, for GPUs alone, has gloo beside it or, without GPUs, instead."
+    if "nccl" not in backend:
+        return backend
+    return "cpu:gloo,cuda:nccl" if cuda else "gloo"
+
+
+def join_processes(backend: str = "nccl") -> torch.device:  # as in DistributedConfig
     """Join the processes that torchrun started (without it, this one alone); the device of this process.
 
     After a restart torchrun may hand out the store of the attempt before, with addresses of dead processes: each
     attempt gets keys of its own.
     """
     cuda = torch.cuda.is_available()
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    backend = group_backends(backend, cuda)
     if "WORLD_SIZE" in os.environ:
         store, rank, size = next(rendezvous("env://"))
         store = dist.PrefixStore("attempt " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)

@@ -1,5 +1,6 @@
 "Meshes of processes against one process: losses, gradients, checkpoints, and a worker that is killed."
 
+import copy
 import itertools
 import json
 import os
@@ -15,9 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from dilated_attention_nb.block_sparse import BlockSparseAttention
-from dilated_attention_nb.config import DistributedConfig, RingAttentionConfig, SparseAttentionConfig
+from dilated_attention_nb.config import RING_LAYOUTS, DistributedConfig, RingAttentionConfig, SparseAttentionConfig
 from dilated_attention_nb.distributed import (
     DistributedLongNet,
     check_supported,
@@ -32,7 +34,7 @@ from dilated_attention_nb.elastic import Checkpoints, parse_elastic, train_elast
 from dilated_attention_nb.improved import dilated_attention
 from dilated_attention_nb.longnet import LongNet, LongNetEncoder, longnet_tiny
 from dilated_attention_nb.ring import RingDilatedAttention
-from dilated_attention_nb.sharded import LongNetShare, Team, share_in_ring, share_worker
+from dilated_attention_nb.sharded import LongNetShare, Team, group_backends, share_in_ring, share_worker
 from dilated_attention_nb.testing import make_qkv, saved_for_backward, spawn_gloo
 from dilated_attention_nb.training import NgramEmbedding, demo, read_metrics
 
@@ -77,62 +79,73 @@ def check_losses(world: int, steps: int = 20, model=TINY, **config) -> list[dict
 # ---------------------------------------------------------------- a share of a model
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
-def test_loss_and_gradients_do_not_know_that_the_sequence_is_cut(layout):
+def layouts_worker(rank, world, model, tokens):
+    "Loss and gradients with each placement."
+    return {layout: share_worker(rank, world, copy.deepcopy(model), tokens, layout) for layout in RING_LAYOUTS}
+
+
+def test_loss_and_gradients_do_not_know_that_the_sequence_is_cut():
     "Embeddings that look back across borders included."
     torch.manual_seed(0)
     model = LongNet(longnet_tiny(tie_embeddings=False, position="xpos")).double()
     model.embed_tokens = NgramEmbedding(257, 64, (2, 3, 6), 512).double()
     tokens = batches(1, 2)[0]
-    found = spawn_gloo(share_worker, 2, model, tokens, layout)
+    found = spawn_gloo(layouts_worker, 2, model, tokens)
     loss = model(tokens[:, :-1], tokens[:, 1:])
     loss.backward()
-    for rank in found:
+    for rank in (each for ranks in found for each in ranks.values()):
         assert abs(rank["loss"] - loss.item()) < 1e-12
         for name, p in model.named_parameters():
             assert (rank["grads"][name] - p.grad).abs().max() <= 1e-11 * p.grad.abs().max(), name
+    assert not torch.equal(found[0]["zigzag"]["positions"], found[0]["contiguous"]["positions"])
 
 
-def part_worker(rank, world, q, k, v, dout, options):
+def part_worker(rank, world, q, k, v, dout, cases):
     "This rank has some of the heads, on a ring of its own."
     heads, kv = q.shape[2] // world, k.shape[2] // world
     rings = [dist.new_group([r]) for r in range(world)]
-    ring = RingDilatedAttention(RingAttentionConfig(**options), rings[rank], part=(rank * heads, q.shape[2]))
     own = slice(rank * heads, (rank + 1) * heads), slice(rank * kv, (rank + 1) * kv)
-    leaves = [q[:, :, own[0]].clone(), k[:, :, own[1]].clone(), v[:, :, own[1]].clone()]
-    out = ring(*(x.requires_grad_() for x in leaves), True)
-    return out.detach(), torch.autograd.grad(out, leaves, dout[:, :, own[0]])
+    found = []
+    for options in cases:
+        ring = RingDilatedAttention(RingAttentionConfig(**options), rings[rank], part=(rank * heads, q.shape[2]))
+        leaves = [q[:, :, own[0]].clone(), k[:, :, own[1]].clone(), v[:, :, own[1]].clone()]
+        out = ring(*(x.requires_grad_() for x in leaves), True)
+        found.append((out.detach(), torch.autograd.grad(out, leaves, dout[:, :, own[0]])))
+    return found
 
 
-@pytest.mark.parametrize("mixing, offsets", [("softmax", "blocked"), ("softmax", "interleaved"), ("groups", "blocked")])
-def test_some_heads_attend_as_they_do_among_all(mixing, offsets):
-    options = {"segment_lengths": (8, 24), "dilation_rates": (1, 3), "mixing": mixing, "offsets": offsets}
+def test_some_heads_attend_as_they_do_among_all():
+    kinds = [("softmax", "blocked"), ("softmax", "interleaved"), ("groups", "blocked")]
+    names = {"segment_lengths": (8, 24), "dilation_rates": (1, 3)}
+    cases = [names | {"mixing": mixing, "offsets": offsets} for mixing, offsets in kinds]
     q, k, v = make_qkv(1, 24, 8, 8, kv_heads=4, dtype=torch.float64)
     leaves, dout = [x.clone().requires_grad_() for x in (q, k, v)], torch.randn_like(q)
-    whole = dilated_attention(*leaves, (8, 24), (1, 3), mixing=mixing, offsets=offsets, is_causal=True)
-    grads = torch.autograd.grad(whole, leaves, dout)
-    found = spawn_gloo(part_worker, 2, q, k, v, dout, options)
-    assert (torch.cat([out for out, _ in found], 2) - whole).abs().max() < 1e-13
-    for i, grad in enumerate(grads):
-        assert (torch.cat([g[i] for _, g in found], 2) - grad).abs().max() < 1e-12
+    for options, *parts in zip(cases, *spawn_gloo(part_worker, 2, q, k, v, dout, cases)):
+        whole = dilated_attention(*leaves, **options, is_causal=True)
+        assert (torch.cat([out for out, _ in parts], 2) - whole).abs().max() < 1e-13
+        for i, grad in enumerate(torch.autograd.grad(whole, leaves, dout)):
+            assert (torch.cat([g[i] for _, g in parts], 2) - grad).abs().max() < 1e-12
 
 
-def late_worker(rank, world, overlap):
-    "Seconds until the first tile is computed, where the other rank comes half a second later."
-    x = torch.randn(1, 32, 2, 8)
-    ring = RingDilatedAttention(RingAttentionConfig((64,), (1,), layout="zigzag"), overlap=overlap)
-    ring(x, x, x, True)  # connects, and compares arguments
-    ring.record = []
-    if rank == 1:
-        time.sleep(0.5)
-    begin = time.perf_counter()
-    ring(x, x, x, True)
-    return min(e.begin for e in ring.record if e.kind == "attend") - begin
+def late_worker(rank, world):
+    "Seconds until the first tile is computed, where the other rank comes half a second late: with and without overlap."
+    x, found = torch.randn(1, 32, 2, 8), []
+    for overlap in (True, False):
+        ring = RingDilatedAttention(RingAttentionConfig((64,), (1,), layout="zigzag"), overlap=overlap)
+        ring(x, x, x, True)  # connects, and compares arguments
+        ring.record = []
+        dist.barrier()
+        if rank == 1:
+            time.sleep(0.5)
+        begin = time.perf_counter()
+        ring(x, x, x, True)
+        found.append(min(e.begin for e in ring.record if e.kind == "attend") - begin)
+    return found
 
 
 def test_overlap_computes_before_messages_have_come():
-    assert spawn_gloo(late_worker, 2, True)[0] < 0.3
-    assert spawn_gloo(late_worker, 2, False)[0] > 0.4
+    early, late = spawn_gloo(late_worker, 2)[0]
+    assert early < 0.3 and late > 0.4
 
 
 # ---------------------------------------------------------------- meshes
@@ -181,6 +194,13 @@ def test_arguments_of_a_config_that_need_one_another():
     ):
         with pytest.raises(ValueError, match=f"^{words}"):
             DistributedConfig(**values)
+
+
+def test_backends_of_a_group():
+    "NCCL alone could not send what lies on the CPU, and is not there without GPUs; another name is taken as it is."
+    assert group_backends("nccl", True) == group_backends("cpu:gloo,cuda:nccl", True) == "cpu:gloo,cuda:nccl"
+    assert group_backends("nccl", False) == group_backends("gloo", True) == "gloo"
+    assert group_backends("mpi", False) == "mpi"
 
 
 def with_blocks() -> LongNet:
@@ -234,6 +254,15 @@ TOGETHER = [  # what two ranks ask for, and what both say to it
         lambda: asked(untied(), DistributedConfig(world_size=3), 2, 8),
         "world_size must be 2, as the launcher says, got 3",
     ),
+    (
+        lambda: asked(untied(), DistributedConfig(world_size=2, rank=1), 2, 8),
+        "rank must be . here, as the launcher says",
+    ),
+    (
+        lambda: asked(untied(), DistributedConfig(backend="mpi"), 2, 8),
+        "backend must be gloo, which the group has for cpu",
+    ),
+    (lambda: make_mesh(DistributedConfig(), "cuda"), "backend must be gloo, which the group has for cuda, got 'nccl'"),
     (lambda: asked(untied(), DistributedConfig(**SP, sequence_shards=3), 2, 8), "world_size must be a multiple of 3"),
     (lambda: asked(untied(), DistributedConfig(**SP, **TP), 2, 8), "config must leave one dimension open at most"),
     *((dropping(x), f"{x} {ADVICE}") for x in ("dropout", "attention_dropout", "activation_dropout", "drop_path")),
@@ -485,8 +514,8 @@ def armed(part, optimizer, folder):
     next(path.glob("*.safetensors")).write_bytes(pickle.dumps(Bomb(str(proofs[1]))))
     try:
         said = f"loaded {Checkpoints(folder).load(part, optimizer)}"
-    except Exception as error:  # of the safetensors package, within one of torch
-        said = repr(error)
+    except CheckpointException as error:  # no Exception
+        said = str(error)
     about = json.loads((path / "about.json").read_text())
     about["config"]["num_layers"] = 3
     (path / "about.json").write_text(json.dumps(about))
