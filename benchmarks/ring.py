@@ -2,6 +2,7 @@
 
     python benchmarks/ring.py                    all sections (some five minutes on two cores)
     python benchmarks/ring.py memory trace       some of them
+    python benchmarks/ring.py --check memory     store nothing; say what is worse than what is stored
 
 All ranks are processes on this machine, one thread each, joined by gloo over the loopback device: four of them on two
 cores show who waits for whom and how much is held and sent, not how fast four devices would be.
@@ -9,9 +10,8 @@ cores show who waits for whom and how much is held and sent, not how fast four d
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from dilated_attention_nb.benchmarks import environment
+from dilated_attention_nb.benchmarks import run_sections
 
 RESULTS = Path(__file__).with_name("ring.json")
 RANKS = 4
@@ -159,18 +159,5 @@ def trace() -> dict[str, Any]:
 SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {"strategy": strategy, "memory": memory, "trace": trace}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS) + "; none: all")
-    chosen = parser.parse_args().sections or list(SECTIONS)
-    if unknown := set(chosen) - set(SECTIONS):
-        parser.error(f"unknown section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
-    for name in chosen:
-        print(f"{name} ...", flush=True)
-        result = environment() | SECTIONS[name]()
-        stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        RESULTS.write_text(json.dumps(stored | {name: result}, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(run_sections(__doc__, RESULTS, SECTIONS))
