@@ -61,26 +61,50 @@ def together(run: Callable[[], Any], times: int, repeats: int) -> float:
 
 
 def rates(rank: int, world: int, shape: dict[str, Any], n: int) -> dict[str, float]:
-    "What a process reaches in products, in attention and in messages, while all of them do the same."
+    """What a process reaches in products, attention, copies and messages, while all of them do the same.
+
+    Attention is a layer's, by the code that is timed later but without messages: in a ring all ranks' tiles, one after
+    the other, in each process. `kernel_flops` is the kernel alone on the shortest segment.
+    """
     import torch.distributed as dist
 
+    from dilated_attention_nb.config import RingAttentionConfig
+    from dilated_attention_nb.improved import dilated_attention
+    from dilated_attention_nb.longnet import LongNetConfig
     from dilated_attention_nb.partial import attend
+    from dilated_attention_nb.ring import simulate_ring
+    from dilated_attention_nb.scaling import attention_pairs
 
-    e, heads, m = shape["embed_dim"], shape["num_heads"], n // max(PROCESSES)
+    model = LongNetConfig(**shape)
+    e, heads, d, m = model.embed_dim, model.num_heads, model.embed_dim // model.num_heads, n // max(PROCESSES)
     x, w, grad = torch.randn(m, e), torch.randn(4 * e, e), torch.randn(m, 4 * e)
 
     def products() -> None:
         x @ w.T, grad @ w, grad.T @ x
 
-    q, k, v = (torch.randn(1, shape["segment_lengths"][0], heads, e // heads).requires_grad_() for _ in range(3))
-    dout = torch.randn_like(q)
+    def tensors(rows: int) -> list[torch.Tensor]:
+        return [torch.randn(1, rows, heads, d).requires_grad_() for _ in range(3)]
 
-    def attention() -> None:
-        torch.autograd.grad(attend(q, k, v, is_causal=True)[0], (q, k, v), dout)
+    few, all_ = tensors(model.segment_lengths[0]), tensors(n)
+    dout, douts = torch.randn_like(few[0]), torch.randn_like(all_[0])
+    branches = model.attention_config.to_dict() | {"dropout": 0.0}
+    options = {name: branches[name] for name in ("mixing", "offsets", "ragged")}
 
-    pairs = heads * q.shape[1] * (q.shape[1] + 1) / 2
+    def kernel() -> None:
+        torch.autograd.grad(attend(*few, is_causal=True)[0], few, dout)
+
+    def layer() -> None:
+        if world > 1:
+            out = simulate_ring(*all_, RingAttentionConfig(**branches, layout="zigzag"), world, True)
+        else:
+            out = dilated_attention(*all_, model.segment_lengths, model.dilation_rates, is_causal=True, **options)
+        torch.autograd.grad(out, all_, douts)
+
     found = {"flops": 6.0 * x.numel() * 4 * e / together(products, 8, STEPS)}
-    found["attention_flops"] = 14.0 * q.shape[3] * pairs / together(attention, 4, STEPS)
+    found["kernel_flops"] = 14.0 * d * heads * few[0].shape[1] * (few[0].shape[1] + 1) / 2 / together(kernel, 4, STEPS)
+    found["attention_flops"] = 14.0 * d * attention_pairs(model, n, "ring") / together(layer, 1, 3)
+    source, target = torch.zeros(2, 2**24)
+    found["memory_bandwidth"] = 2.0 * source.nbytes / together(lambda: target.copy_(source), 2, STEPS)
     if world == 1:
         return found | {"latency": 0.0, "bandwidth": float("inf")}
 
@@ -191,12 +215,13 @@ def time_() -> dict[str, Any]:
         for world in PROCESSES:
             reached = spawn("rates", world, WIDE, N)[0]
             links = {} if world == 1 else {key: reached[key] for key in ("latency", "bandwidth")}
-            computing = {key: reached[key] for key in ("flops", "attention_flops")}
+            computing = {key: reached[key] for key in ("flops", "attention_flops", "memory_bandwidth")}
             cluster = Cluster(world, bytes_per_number=4, **computing, **links)
             predicted = step_seconds(LongNetConfig(**WIDE), N, cluster)
             measured = spawn("timed", world, WIDE, N)[0]
             row = {"processes": world, "gflops": reached["flops"] / 1e9}
-            row |= {"attention_gflops": reached["attention_flops"] / 1e9}
+            row |= {f"{key}_gflops": reached[f"{key}_flops"] / 1e9 for key in ("attention", "kernel")}
+            row |= {"memory_gb_s": reached["memory_bandwidth"] / 1e9}
             if world > 1:
                 row |= {"latency_us": reached["latency"] * 1e6, "gb_s": reached["bandwidth"] / 1e9}
             row |= {f"{key}_s": value for key, value in predicted.items()}

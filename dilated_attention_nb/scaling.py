@@ -27,12 +27,13 @@ class Cluster(Config):
     flops: float = 4e14  # a second, that a device reaches in products
     attention_flops: float | None = None  # a second, that it reaches in attention; None: as many
     bandwidth: float = 5e10  # bytes a second that a device receives
+    memory_bandwidth: float | None = None  # bytes a second of a device's memory, read and written; None: no limit
     latency: float = 1e-5  # seconds until a message begins to arrive
     bytes_per_number: int = 2  # of activations and messages; sums and gradients of keys and values have 4 at least
 
     def __post_init__(self) -> None:
         self._check(check_int, "ranks", "bytes_per_number")
-        self._check(check_positive, "flops", "bandwidth", "attention_flops")
+        self._check(check_positive, "flops", "bandwidth", "attention_flops", "memory_bandwidth")
         if check_number("latency", self.latency) < 0:
             raise ValueError(f"latency must be at least 0, got {self.latency}; 0 is a link that never waits")
 
@@ -143,7 +144,7 @@ def rank_memory(
 def step_seconds(
     config: LongNetConfig, n: int, cluster: Cluster, scheme: str = "ring", overlap: bool = True
 ) -> dict[str, float]:
-    "Of a forward and backward pass over one sequence: products, attention, and waiting for messages."
+    "Of a forward and backward pass over one sequence: products, attention, moving numbers, waiting for messages."
     d, ranks = config.embed_dim // config.num_heads, cluster.ranks
     in_attention = 14.0 * d * attention_pairs(config, n, scheme) * config.num_layers
     attention = in_attention / ranks / (cluster.attention_flops or cluster.flops)
@@ -159,7 +160,9 @@ def step_seconds(
         if scheme == "gather":
             behind *= home_share(config, n, ranks)
         exposed += max(0.0, travel - behind) if overlap and scheme != "world" else travel
-    return {"products": products, "attention": attention, "waiting": exposed * config.num_layers}
+    moved = 4.0 * n * config.num_layers * kept_numbers(config) * cluster.bytes_per_number
+    moving = moved / ranks / cluster.memory_bandwidth if cluster.memory_bandwidth else 0.0
+    return {"products": products, "attention": attention, "moving": moving, "waiting": exposed * config.num_layers}
 
 # %% ../nbs/16c_scaling.ipynb #d9f312c1
 def home_share(config: LongNetConfig, n: int, ranks: int) -> float:

@@ -14,6 +14,7 @@ from dilated_attention_nb.ring import traffic
 from dilated_attention_nb.scaling import (
     Cluster,
     attention_pairs,
+    kept_numbers,
     layer_bytes,
     received_rows,
     step_flops,
@@ -86,5 +87,14 @@ def test_attention_has_a_rate_of_its_own():
     fast, slow = (step_seconds(model, 4096, Cluster(2, flops=1e9, attention_flops=a)) for a in (None, 5e8))
     assert slow["attention"] == pytest.approx(2 * fast["attention"]) and slow["products"] == fast["products"]
     assert (fast["products"] + fast["attention"]) * 2e9 == pytest.approx(step_flops(model, 4096))
-    with pytest.raises(ValueError, match="attention_flops"):
-        Cluster(attention_flops=0.0)
+    for name in ("attention_flops", "memory_bandwidth"):
+        with pytest.raises(ValueError, match=name):
+            Cluster(**{name: 0.0})
+
+
+def test_what_is_moved_takes_time_where_memory_has_a_rate():
+    model, n = longnet_tiny(), 4096
+    free, narrow = (step_seconds(model, n, Cluster(4, memory_bandwidth=b)) for b in (None, 1e9))
+    assert free["moving"] == 0 and free == narrow | {"moving": 0}
+    kept = model.num_layers * n * kept_numbers(model) * 2  # bytes in bfloat16
+    assert narrow["moving"] == pytest.approx(4 * kept / 4 / 1e9)
