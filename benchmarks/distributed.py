@@ -34,7 +34,7 @@ LONG = WIDE | {
     "dilation_rates": (1, 8, 16),
 }
 N_LONG = 65_536
-STEPS = 5
+STEPS = 7
 
 
 def the_slowest(taken: float) -> float:
@@ -46,25 +46,29 @@ def the_slowest(taken: float) -> float:
     return float(found)
 
 
-def together(run: Callable[[], Any], times: int, repeats: int) -> float:
-    "Seconds of a call while all ranks make it so many times: the median of the slowest rank's, one round of warm-up."
+def together(runs: dict[str, tuple[Callable[[], Any], int]], repeats: int) -> dict[str, float]:
+    """Seconds of each call while all ranks make it, so many times at a stretch: the median of the slowest rank's.
+
+    They take turns, so that a machine that slows down slows all of them; one round of warm-up.
+    """
     import torch.distributed as dist
 
-    found = []
+    found: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats + 1):
-        dist.barrier()
-        begin = time.perf_counter()
-        for _ in range(times):
-            run()
-        found.append(the_slowest((time.perf_counter() - begin) / times))
-    return statistics.median(found[1:])
+        for name, (run, times) in runs.items():
+            dist.barrier()
+            begin = time.perf_counter()
+            for _ in range(times):
+                run()
+            found[name].append(the_slowest((time.perf_counter() - begin) / times))
+    return {name: statistics.median(seconds[1:]) for name, seconds in found.items()}
 
 
 def rates(rank: int, world: int, shape: dict[str, Any], n: int) -> dict[str, float]:
-    """What a process reaches in products, attention, copies and messages, while all of them do the same.
+    """Seconds of a step, and what a process reaches in products, attention, copies and messages, while all do the same.
 
-    Attention is a layer's, by the code that is timed later but without messages: in a ring all ranks' tiles, one after
-    the other, in each process. `kernel_flops` is the kernel alone on the shortest segment.
+    Attention is a layer's, by the code of the step but without messages: in a ring all ranks' tiles, one after the
+    other, in each process. `kernel_flops` is the kernel alone on the shortest segment.
     """
     import torch.distributed as dist
 
@@ -100,13 +104,8 @@ def rates(rank: int, world: int, shape: dict[str, Any], n: int) -> dict[str, flo
             out = dilated_attention(*all_, model.segment_lengths, model.dilation_rates, is_causal=True, **options)
         torch.autograd.grad(out, all_, douts)
 
-    found = {"flops": 6.0 * x.numel() * 4 * e / together(products, 8, STEPS)}
-    found["kernel_flops"] = 14.0 * d * heads * few[0].shape[1] * (few[0].shape[1] + 1) / 2 / together(kernel, 4, STEPS)
-    found["attention_flops"] = 14.0 * d * attention_pairs(model, n, "ring") / together(layer, 1, 3)
     source, target = torch.zeros(2, 2**24)
-    found["memory_bandwidth"] = 2.0 * source.nbytes / together(lambda: target.copy_(source), 2, STEPS)
-    if world == 1:
-        return found | {"latency": 0.0, "bandwidth": float("inf")}
+    small, large = (torch.zeros(2, size) for size in (2, 2**20))
 
     def pass_on(out: torch.Tensor, into: torch.Tensor) -> None:
         peers = (rank + 1) % world, (rank - 1) % world
@@ -114,10 +113,18 @@ def rates(rank: int, world: int, shape: dict[str, Any], n: int) -> dict[str, flo
         for work in dist.batch_isend_irecv(ops):
             work.wait()
 
-    small, large = (torch.zeros(2, size) for size in (2, 2**20))
-    latency = together(lambda: pass_on(*small), 200, STEPS)
-    seconds = together(lambda: pass_on(*large), 8, STEPS)
-    return found | {"latency": latency, "bandwidth": large[0].nbytes / (seconds - latency)}
+    runs = {"step": (stepper(world, shape, n)[0], 1), "products": (products, 8), "kernel": (kernel, 4)}
+    runs |= {"layer": (layer, 1), "copy": (lambda: target.copy_(source), 2)}
+    if world > 1:
+        runs |= {"small": (lambda: pass_on(*small), 200), "large": (lambda: pass_on(*large), 8)}
+    taken = together(runs, STEPS)
+    found = {"step": taken["step"], "flops": 6.0 * x.numel() * 4 * e / taken["products"]}
+    found["kernel_flops"] = 14.0 * d * heads * few[0].shape[1] * (few[0].shape[1] + 1) / 2 / taken["kernel"]
+    found["attention_flops"] = 14.0 * d * attention_pairs(model, n, "ring") / taken["layer"]
+    found["memory_bandwidth"] = 2.0 * source.nbytes / taken["copy"]
+    if world > 1:
+        found |= {"latency": taken["small"], "bandwidth": large[0].nbytes / (taken["large"] - taken["small"])}
+    return found
 
 
 class Sent:
@@ -155,12 +162,6 @@ def stepper(world: int, shape: dict[str, Any], n: int) -> tuple[Callable[[], Any
         return lambda: model(x[:, :-1], x[:, 1:]).backward(), model
     part = DistributedLongNet(model, DistributedConfig(sequence_parallel=True))
     return lambda: part.loss_and_gradients(x[:, :-1], x[:, 1:]), part
-
-
-def timed(rank: int, world: int, shape: dict[str, Any], n: int) -> float:
-    "Seconds of a step."
-    run, _ = stepper(world, shape, n)
-    return together(run, 1, STEPS)
 
 
 def counted(rank: int, world: int, shape: dict[str, Any], n: int) -> tuple[int, int]:
@@ -218,14 +219,13 @@ def time_() -> dict[str, Any]:
             computing = {key: reached[key] for key in ("flops", "attention_flops", "memory_bandwidth")}
             cluster = Cluster(world, bytes_per_number=4, **computing, **links)
             predicted = step_seconds(LongNetConfig(**WIDE), N, cluster)
-            measured = spawn("timed", world, WIDE, N)[0]
             row = {"processes": world, "gflops": reached["flops"] / 1e9}
             row |= {f"{key}_gflops": reached[f"{key}_flops"] / 1e9 for key in ("attention", "kernel")}
             row |= {"memory_gb_s": reached["memory_bandwidth"] / 1e9}
             if world > 1:
                 row |= {"latency_us": reached["latency"] * 1e6, "gb_s": reached["bandwidth"] / 1e9}
             row |= {f"{key}_s": value for key, value in predicted.items()}
-            yield row | {"predicted_s": sum(predicted.values()), "measured_s": measured}
+            yield row | {"predicted_s": sum(predicted.values()), "measured_s": reached["step"]}
 
     return about(WIDE, N, rows())
 
