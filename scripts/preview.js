@@ -26,6 +26,8 @@
       root.dataset.theme = root.dataset.theme === "dark" ? "light" : "dark";
     });
     at("menu").addEventListener("click", () => at("menu").setAttribute("aria-expanded", at("pages").classList.toggle("open")));
+    const here = document.querySelector("#pages [aria-current]");
+    if (here) at("pages").scrollTop = here.offsetTop - at("pages").clientHeight / 2;
     function show() {
       results.replaceChildren(...find(input.value).map((entry) => {
         const item = document.createElement("li"), link = document.createElement("a"), small = document.createElement("small");

@@ -199,7 +199,7 @@
       return;
     }
     const mine = new Set(branchesOf(o, head).map(([g]) => g));
-    const legend = o.lengths.map((w, g) => `<span${mine.has(g) ? "" : ' style="opacity:.45"'}><i style="background:${colour(g)}"></i>w = ${w}, r = ${o.rates[g]}</span>`).join("");
+    const legend = o.lengths.map((w, g) => `<span${mine.has(g) ? "" : ' class="other" title="not of this head"'}><i style="background:${colour(g)}"></i>w = ${w}, r = ${o.rates[g]}</span>`).join("");
     show.innerHTML = `<table id="explorer-numbers" aria-live="polite"><tr><th></th><th>dilated</th><th>dense</th><th>dilated / dense</th></tr>` +
       [["forward pass", flop, flops(o), denseFlops(o)], ["key/value cache", size, cacheBytes(o), fullCacheBytes(o)]].map(([what, unit, a, b]) =>
         `<tr><td>${what}</td><td>${unit(a)}</td><td>${unit(b)}</td><td>${(a / b).toPrecision(3)}</td></tr>`).join("") +
