@@ -129,14 +129,14 @@ async def visit(page: Any, home: str, place: str, report: Report, preview: bool,
 
     await look("phone", False)
     if preview:
-        await page.click("#menu")
-        if not await page.is_visible("#pages a[aria-current=page]"):
+        await page.click("#site-menu")
+        if not await page.is_visible("#site-pages a[aria-current=page]"):
             found.append("phone: the menu does not show where one is")
-        await page.click("#menu")
+        await page.click("#site-menu")
     await page.set_viewport_size(DESK)
     await look("light", preview)
     if preview:
-        await page.click("#theme")
+        await page.click("#site-theme")
         if await page.evaluate("document.documentElement.dataset.theme") != "dark":
             found.append("the button does not make the page dark")
         await look("dark", True)
@@ -171,20 +171,20 @@ async def ask_site(browser: Any, home: str, report: Report) -> None:
     for place in ("index.html", deep):
         await page.goto(home + place)
         title = report.pages[place]["title"]
-        await page.click("#search")
+        await page.click("#site-search")
         await page.wait_for_function("window.SEARCH")
-        await page.fill("#search", title)
-        if not await page.is_visible("#results a"):
+        await page.fill("#site-search", title)
+        if not await page.is_visible("#site-results a"):
             report.add(place, "typing this page's own title into the search shows nothing")
             continue
         await page.keyboard.press("Escape")
-        if await page.is_visible("#results"):
+        if await page.is_visible("#site-results"):
             report.add(place, "Escape does not close the results")
-        await page.fill("#search", "no_such_word_anywhere")
-        if await page.is_visible("#results"):
+        await page.fill("#site-search", "no_such_word_anywhere")
+        if await page.is_visible("#site-results"):
             report.add(place, "search finds a word that is not there")
-        await page.fill("#search", title)
-        await page.click("#results a")
+        await page.fill("#site-search", title)
+        await page.click("#site-results a")
         await page.wait_for_load_state()
         if page.url.split("#")[0] not in [home + p for p in report.pages]:
             report.add(place, f"a result leads to {page.url}")
@@ -202,7 +202,7 @@ async def ask_site(browser: Any, home: str, report: Report) -> None:
         if place not in report.pages or unquote(anchor) not in report.pages[place]["ids"]:
             report.add("search-index.js", f"{url} leads nowhere")
     await page.goto(home + "index.html")
-    await page.click("#theme")
+    await page.click("#site-theme")
     await page.goto(home + deep)
     if await page.evaluate("document.documentElement.dataset.theme") != "dark":
         report.add(deep, "dark mode is forgotten on the way to the next page")
@@ -218,7 +218,7 @@ async def ask_site(browser: Any, home: str, report: Report) -> None:
 
 async def _search_again(page: Any, title: str) -> list[str]:
     "Load the index on this page first, as the first click into the field does."
-    await page.click("#search")
+    await page.click("#site-search")
     await page.wait_for_function("window.SEARCH")
     return await page.evaluate("(text) => window.siteSearch(text).map((x) => x.url)", title)
 

@@ -449,14 +449,14 @@ PAGE = """<!doctype html>
 </head>
 <body>
 <header>
-<button id="menu" aria-expanded="false" aria-controls="pages">Pages</button>
+<button id="site-menu" aria-expanded="false" aria-controls="site-pages">Pages</button>
 <a class="home" href="{up}index.html">dilated-attention-nb</a>
 <div role="search">
-<input id="search" type="search" placeholder="Search" aria-label="Search the site" autocomplete="off">
-<ul id="results" hidden></ul></div>
-<button id="theme" aria-label="Light or dark">◐</button>
+<input id="site-search" type="search" placeholder="Search" aria-label="Search the site" autocomplete="off">
+<ul id="site-results" hidden></ul></div>
+<button id="site-theme" aria-label="Light or dark">◐</button>
 </header>
-<nav id="pages" aria-label="Pages">
+<nav id="site-pages" aria-label="Pages">
 {nav}
 </nav>
 <main>
@@ -516,6 +516,22 @@ def search_entries(place: Path, body: str) -> list[dict[str, str]]:
     return entries
 
 
+def distinct(body: str) -> str:
+    "Every name once: no anchor beside a heading of that name, and a repeated heading gets a number, as Quarto's do."
+    heads = set(re.findall(r'<h\d id="([^"]+)"', body))
+    body = re.sub(
+        r'(?:<p>)?<a id="([^"]+)"></a>(?:</p>)?', lambda m: "" if html.unescape(m[1]) in heads else m[0], body
+    )
+    seen: dict[str, int] = {}
+
+    def number(match: re.Match) -> str:
+        seen[match[2]] = seen.get(match[2], -1) + 1
+        name = f"{match[2]}-{seen[match[2]]}" if seen[match[2]] else match[2]
+        return f'<h{match[1]} id="{name}"{match[3].replace(f"#{match[2]}", f"#{name}")}</h{match[1]}>'
+
+    return re.sub(r'<h(\d) id="([^"]+)"(.*?)</h\1>', number, body, flags=re.DOTALL)
+
+
 @functools.cache
 def exporter():
     "nbconvert's HTML exporter for texts of our own: it washes nothing, and adds no text where one is missing."
@@ -528,7 +544,7 @@ def exporter():
         def from_notebook_node(self, nb, resources=None, **more):
             resources = self._init_resources(resources)
             kinds = WidgetsDataTypeFilter(notebook_metadata=self._nb_metadata, parent=self, resources=resources)
-            self.register_filter("highlight_code", Highlight2HTML(pygments_lexer="python", parent=self))
+            self.register_filter("highlight_code", Highlight2HTML(pygments_lexer="ipython3", parent=self))
             self.register_filter("filter_data_type", kinds)
             self.register_filter("clean_html", lambda text: text.decode() if isinstance(text, bytes) else text)
             return super(HTMLExporter, self).from_notebook_node(nb, resources, **more)  # its own parses all again
@@ -551,6 +567,7 @@ def rendered(path: Path, place: Path, links: dict[str, str], key: str) -> None:
     with contextlib.redirect_stderr(said):
         body, _ = exporter().from_notebook_node(tidy(as_notebook(path), links))
     body = ANCHOR.sub(lambda m: m[1] + m[2].lower(), body)  # as Quarto writes them, and links expect
+    body = distinct(body)
     entries = search_entries(Page(place, "").target, body)
     made = dict(key=key, said=said.getvalue(), body=body, entries=entries)
     target.write_text(json.dumps(made, ensure_ascii=False), encoding="utf-8")

@@ -132,7 +132,7 @@ FAULTS = {
     "<h4>deep</h4>": "of level 4 below one of level 1",
     "<h1>second</h1>": "2 first headings",
     "<button></button>": "a control without a name",
-    '<i id="menu"></i>': "two elements are called #menu",
+    '<i id="site-menu"></i>': "two elements are called #site-menu",
     "<svg></svg>": "a drawing without a description",
 }
 
