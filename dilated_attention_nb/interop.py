@@ -168,23 +168,21 @@ def _dilated_twin(old: nn.MultiheadAttention, config: DilatedAttentionConfig) ->
     return new.train(old.training)
 
 # %% ../nbs/14_interop.ipynb #c6a9b933
-_PASSED_ON = frozenset(("__get__", "__repr__", "as_subclass", "to", "contiguous", "clone", "detach", "dim", "size"))
-
-
 class _Seen(Tensor):
     """What a model of transformers asked its mask function for: `[b, 1, 1, keys]`, True for real ones.
 
     Keys that a static cache has no content for are left out. Without padding it is `[b, 0, 1, keys]`. It is a tensor of
-    four dimensions because transformers passes those on as they are, and makes them contiguous or moves them. Nothing
-    else can be done with it: a model that adds it to its scores computes an attention of its own.
+    four dimensions because transformers passes those on as they are, and makes them contiguous or moves them. It can't
+    be combined with other tensors: a model that adds it to its scores computes an attention of its own.
     """
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.__name__ not in _PASSED_ON:
+        kwargs = kwargs or {}
+        if any(isinstance(x, Tensor) and not isinstance(x, _Seen) for x in (*args, *kwargs.values())):
             rule, advice = "be handed to the attention as it is", "this model computes attention itself: take 'eager'"
             raise ValueError(complaint("the mask", rule, f"{func.__name__}()", advice))
-        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+        return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
 
 
 class _SeenCausal(_Seen):
@@ -223,6 +221,11 @@ def register_with_transformers(
     if not isinstance(name, str) or not name or name in taken or name.startswith(("flash_attention", "paged|")):
         raise ValueError(complaint("name", "not be one of transformers' own", repr(name), "'dilated' is free"))
 
+    def covers(found: int, length: int) -> None:
+        if found < length:
+            rule, advice = f"cover all {length} tokens", "1 for tokens, 0 for padding, those in a cache included"
+            raise ValueError(complaint("attention_mask", rule, found, advice))
+
     def seen(
         batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, kv_offset: int = 0,
         mask_function: Any = causal, attention_mask: Tensor | None = None, **_: Any,
@@ -231,10 +234,9 @@ def register_with_transformers(
             got = getattr(mask_function, "__qualname__", repr(mask_function))
             advice = f"{name!r} can't be combined with sliding windows, chunks, packed sequences or other masks"
             raise ValueError(complaint("the model's mask", "be causal or bidirectional", got, advice))
-        length = min(int(q_offset) + q_length, kv_length) if mask_function is causal else kv_length
-        if attention_mask is not None and attention_mask.shape[1] < length:
-            rule, advice = f"cover all {length} tokens", "1 for tokens, 0 for padding, the cached ones included"
-            raise ValueError(complaint("attention_mask", rule, tuple(attention_mask.shape), advice))
+        length = int(q_offset) + q_length if mask_function is causal else kv_length
+        if attention_mask is not None:
+            covers(attention_mask.shape[1], length)
         real = torch.ones(batch_size, 0, 1, length, dtype=torch.bool)
         if attention_mask is not None and not attention_mask[:, :length].all():
             real = attention_mask[:, None, None, :length].bool()
@@ -261,6 +263,7 @@ def register_with_transformers(
             got = f"{q.shape[1]} queries for {k.shape[1]} keys in {type(module).__name__}"
             advice = "keys must be the queries' own tokens: a model with an encoder and a decoder can't be dilated"
             raise ValueError(complaint("attention", "not be cross-attention", got, advice))
+        covers(length, k.shape[1] if not causally else length)
         out = _attend_rows(q, k[:, :length], v[:, :length], causally, real.flatten(1), config, scaling)
         return F.dropout(out, dropout, module.training), None
 
