@@ -5,7 +5,9 @@
     python benchmarks/block_sparse.py --cpu-time speed_8k      one thread and its CPU time: for a machine that is shared
     python benchmarks/block_sparse.py --only float32,causal speed_32k    some rows, merged with those that are stored
     python benchmarks/block_sparse.py --run runs/longnet error    on a trained demo model
+    python benchmarks/block_sparse.py --check speed_8k         store nothing; say what is worse than what is stored
 
+Words of --only: float32, bfloat16, causal, full, forward, forward+backward. Without --run, error is left out.
 Every figure is a ratio of medians of runs that alternate within one process. Each section keeps its own device,
 threads, versions, date and clock. `x_rho` is the time of the sparse call over that of dense attention, over the density
 asked for; `x_density` is the same over the density that the pattern has (rows keep whole blocks).
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dilated_attention_nb.benchmarks import environment
+from dilated_attention_nb.benchmarks import environment, in_turn, medians, read_results, run_sections
 
 RESULTS = Path(__file__).with_name("block_sparse.json")
 H, D, BLOCK = 8, 64, 128
@@ -49,16 +52,14 @@ def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     return new | {"rows": list(rows.values())}
 
 
+def kept(name: str, new: dict[str, Any]) -> dict[str, Any]:
+    "A section as it is to be stored: with the rows that `--only` left out."
+    return merged(read_results(RESULTS).get(name, {}), new) if ONLY else new
+
+
 def alternate(runs: dict[Any, Callable[[], Any]], repeats: int) -> dict[Any, float]:
-    "Median seconds of each run, taken in turn; one round of warm-up, which is all there is with 0 repeats."
-    seconds: dict[Any, list[float]] = {name: [] for name in runs}
-    for round_ in range(repeats + 1):
-        for name, run in runs.items():
-            begin = CLOCK()
-            run()
-            if round_ or not repeats:
-                seconds[name].append(CLOCK() - begin)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    "Median seconds of each run, by the clock that was asked for."
+    return medians(in_turn(runs, repeats, clock=CLOCK))
 
 
 def dense_attention(x: list[Tensor], causal: bool) -> Tensor:
@@ -116,13 +117,15 @@ def speed(n: int, heads: int, repeats: dict[tuple[torch.dtype, str], int]) -> di
 
 
 def speed_8k() -> dict[str, Any]:
-    return speed(8192, H, {(dtype, w): 3 for dtype in DTYPES for w in ("forward", "forward+backward")})
+    return kept(
+        "speed_8k", speed(8192, H, {(dtype, w): 3 for dtype in DTYPES for w in ("forward", "forward+backward")})
+    )
 
 
 def speed_32k() -> dict[str, Any]:
     "Two of the eight heads: each head costs the same, and dense attention of all of them takes minutes."
     repeats = {(dtype, "forward"): 2 for dtype in DTYPES} | {(dtype, "forward+backward"): 0 for dtype in DTYPES}
-    return speed(32_768, 2, repeats)
+    return kept("speed_32k", speed(32_768, 2, repeats))
 
 
 def density() -> dict[str, Any]:
@@ -333,34 +336,24 @@ SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def main() -> None:
+def main() -> int:
+    "The options that are this file's own, then those that all have."
     global CLOCK, ONLY, RUN
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS) + "; none: all")
-    parser.add_argument(
-        "--cpu-time", action="store_true", help="one thread, and its CPU time instead of the wall clock"
-    )
-    parser.add_argument(
-        "--only", default="", help="words by comma, for speed_*: float32, bfloat16, causal, full, forward, ..."
-    )
-    parser.add_argument("--run", default="", help="folder of a trained run; without it the section error is left out")
-    args = parser.parse_args()
-    RUN, chosen = args.run, args.sections or [name for name in SECTIONS if name != "error" or args.run]
-    ONLY = set(args.only.split(",")) - {""}
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--cpu-time", action="store_true")
+    parser.add_argument("--only", default="")
+    parser.add_argument("--run", default="")
+    own, rest = parser.parse_known_args()
+    RUN, ONLY = own.run, set(own.only.split(",")) - {""}
     if unknown := ONLY - {"float32", "bfloat16", "causal", "full", "forward", "forward+backward"}:
         parser.error(f"unknown words in --only: {', '.join(sorted(unknown))}")
-    if unknown := set(chosen) - set(SECTIONS):
-        parser.error(f"unknown section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
-    if args.cpu_time:
+    if own.cpu_time:
         CLOCK = time.thread_time
         torch.set_num_threads(1)
-    for name in chosen:
-        print(f"{name} ...", flush=True)
-        result = environment() | {"clock": "CPU" if args.cpu_time else "wall"} | SECTIONS[name]()
-        stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        result = merged(stored.get(name, {}), result) if ONLY and name.startswith("speed_") else result
-        RESULTS.write_text(json.dumps(stored | {name: result}, indent=1) + "\n")
+    chosen = {name: f for name, f in SECTIONS.items() if name != "error" or own.run or name in rest}
+    clock = {"clock": "CPU" if own.cpu_time else "wall"}
+    return run_sections(__doc__, RESULTS, chosen, rest, origin=lambda: environment() | clock)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,7 +4,8 @@
     python benchmarks/comparison.py time memory       some of them
     python benchmarks/comparison.py --check quick     store nothing; say what is worse than what is stored
 
-Times are medians of runs that alternate within one process, memory is the peak of a process of its own.
+Times are medians of runs that alternate within one process, memory is the peak of a process of its own. Beyond 65,536
+tokens each run is taken once, and what would take minutes or more memory than there is is left out: the rows say so.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 
 from dilated_attention_nb.benchmarks import (
     LENGTHS,
+    LONG,
     LONGEST,
     RATES,
     Limits,
@@ -71,10 +73,30 @@ def time_() -> dict[str, Any]:
     return ABOUT | {"dtype": "bfloat16", "rows": show_rows(timed(lengths, torch.bfloat16, 5))}
 
 
+def timed_long(lengths: tuple[int, ...], what: str) -> Iterator[dict[str, Any]]:
+    "Every method once at every length, relative to `improved`; or why it is left out."
+    both = what != "forward"
+    for n in lengths:
+        names = [name for name, (most, _) in LONG.items() if n <= (most // 4 if both else most)]
+        seconds = in_turn(passes(n, torch.bfloat16, both, names), 0)
+        for name, (_, why) in LONG.items():
+            row: dict[str, Any] = {"n": n, "what": what, "method": name}
+            if name in names:
+                row |= {"ratio": ratio(seconds, name, "improved"), "ms": medians(seconds)[name] * 1e3}
+            else:
+                row["left_out"] = why
+            yield row
+
+
 def time_long() -> dict[str, Any]:
-    "bfloat16, 128K to 1M tokens and, forward alone, 2M."
-    lengths = tuple(2**p for p in range(17, 22))
-    return ABOUT | {"dtype": "bfloat16", "rows": show_rows(timed(lengths, torch.bfloat16, 1))}
+    "bfloat16, forward, 128K to 1M tokens."
+    lengths = tuple(2**p for p in range(17, 21))
+    return ABOUT | {"dtype": "bfloat16", "rows": show_rows(timed_long(lengths, "forward"))}
+
+
+def time_long_backward() -> dict[str, Any]:
+    "bfloat16, forward and backward, 128K and 256K tokens; up to 1M, `improved` alone, in core.py."
+    return ABOUT | {"dtype": "bfloat16", "rows": show_rows(timed_long((2**17, 2**18), "forward+backward"))}
 
 
 def quick() -> dict[str, Any]:
@@ -94,6 +116,24 @@ def memory() -> dict[str, Any]:
                     yield {"n": n, "method": name, "peak_mib": peak.extra / 2**20}
 
     return ABOUT | {"dtype": "bfloat16", "what": "forward+backward", "rows": show_rows(rows())}
+
+
+def memory_long() -> dict[str, Any]:
+    "The same, forward alone, 256K to 1M tokens."
+    from dilated_attention_nb.testing import peak_memory
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for n in (2**18, 2**19, 2**20):
+            for name, (most, why) in LONG.items():
+                row: dict[str, Any] = {"n": n, "method": name}
+                if n <= most:
+                    peak = peak_memory(one_call, name, n, H, D, torch.bfloat16, False, timeout_s=1200)
+                    row["peak_mib"] = peak.extra / 2**20
+                else:
+                    row["left_out"] = why
+                yield row
+
+    return ABOUT | {"dtype": "bfloat16", "what": "forward", "rows": show_rows(rows())}
 
 
 def bare(n: int, dtype: torch.dtype, both: bool) -> Callable[[], Any]:
@@ -149,6 +189,43 @@ class Detached(torch.nn.Module):
 SECONDS, CONTEXT = 120.0, 16_384  # of CPU time, so that a shared machine gives every model the same
 
 
+def budget_plan(
+    stage: int, taken: list[int], seconds: list[float], elapsed: float, budget: float, context: int
+) -> tuple[tuple[int, int], ...]:
+    "Steps taken in each stage, and as many more, from `stage` on, as end within each stage's share of the budget."
+    from dilated_attention_nb.training import STAGES
+
+    plan, end = [], 0.0
+    for i, (part, share) in enumerate(STAGES):
+        end += share * budget
+        more = max(0, int((end - elapsed) / seconds[i] + 1e-9)) if i >= stage else 0
+        elapsed += more * seconds[i]
+        plan.append((context // part, taken[i] + more))
+    return tuple(plan)
+
+
+def train_for(
+    budget: float, seconds: list[float], take: Callable[[Any, int], None], clock: Callable[[], float], context: int
+) -> tuple[int, float]:
+    """Take steps of all stages until no more fits into the budget; returns their number and the time that they took.
+
+    The plan is made anew before every step, from what the steps of its stage took so far. So the last one ends less
+    than one step, the longest, before the time is over, and the rates of learning have then come down as planned.
+    """
+    taken, spent, stage, begin = [0 for _ in seconds], [0.0 for _ in seconds], 0, clock()
+    while True:
+        elapsed = clock() - begin
+        each = [s / n if n else first for s, n, first in zip(spent, taken, seconds)]
+        plan = budget_plan(stage, taken, each, elapsed, budget, context)
+        while stage < len(plan) and plan[stage][1] == taken[stage]:
+            stage += 1
+        if stage == len(plan):
+            return sum(taken), elapsed
+        take(plan, sum(taken))
+        spent[stage] += clock() - begin - elapsed
+        taken[stage] += 1
+
+
 def trained(name: str, shape: dict[str, Any], attention: Callable[[], torch.nn.Module] | None) -> dict[str, Any]:
     "A demo model with other attention, trained for `SECONDS`, evaluated on held-out text."
     from dilated_attention_nb.longnet import LongNetConfig
@@ -161,7 +238,6 @@ def trained(name: str, shape: dict[str, Any], attention: Callable[[], torch.nn.M
         fast_dtype,
         make_model,
         make_optimizers,
-        make_plan,
         read_corpus,
         train_step,
     )
@@ -189,17 +265,17 @@ def trained(name: str, shape: dict[str, Any], attention: Callable[[], torch.nn.M
             train_step(model, optimizers, stage, corpus.train, step)
             times.append(time.process_time() - begin)
         steps.append(min(times[1:]))
-    config = replace(config, plan=make_plan(steps, SECONDS, CONTEXT))
     model, optimizers = make(config)
-    begin = time.process_time()
-    for step in range(config.steps):
-        train_step(model, optimizers, config, corpus.train, step)
-    taken = time.process_time() - begin
+
+    def take(plan: Any, step: int) -> None:
+        train_step(model, optimizers, replace(config, plan=plan), corpus.train, step)
+
+    count, seconds = train_for(SECONDS, steps, take, time.process_time, CONTEXT)
     model.eval()
     held = corpus.held[: config.eval_bytes + 1]
     found = {f"at_{n}": bits_per_byte(model, config, held, n) for n in (1024, CONTEXT)}
     row = {"model": name, "bits_per_byte": found[f"at_{CONTEXT}"], "at_1024": found["at_1024"]}
-    return row | {"steps": config.steps, "trained_s": taken, "ms_a_step": [1e3 * s for s in steps]}
+    return row | {"steps": count, "trained_s": seconds, "ms_a_step": [1e3 * s for s in steps]}
 
 
 def quality() -> dict[str, Any]:
@@ -242,7 +318,9 @@ SECTIONS = {
     "roofline": roofline,
     "time": time_,
     "time_long": time_long,
+    "time_long_backward": time_long_backward,
     "memory": memory,
+    "memory_long": memory_long,
     "quality": quality,
 }
 

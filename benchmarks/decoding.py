@@ -1,21 +1,21 @@
 """Measure decoding and store the figures in benchmarks/decoding.json.
 
-python benchmarks/decoding.py                  all sections (some five minutes on two cores)
-python benchmarks/decoding.py position memory  some of them
+python benchmarks/decoding.py                    all sections (some five minutes on two cores)
+python benchmarks/decoding.py position memory    some of them
+python benchmarks/decoding.py --check kinds      store nothing; say what is worse than what is stored
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dilated_attention_nb.benchmarks import environment
+from dilated_attention_nb.benchmarks import in_turn, medians, ratio, run_sections
 
 torch.set_num_threads(1)  # a token is too little work for two
 
@@ -34,18 +34,16 @@ def make() -> Any:
 
 
 @torch.no_grad()
-def ms_per_token(model: Any, caches: dict[Any, Any], count: int) -> dict[Any, list[float]]:
+def seconds_per_token(model: Any, caches: dict[Any, Any], count: int) -> dict[Any, list[float]]:
     "Of `count` tokens with each cache in turn, after five of warm-up; the caches are left where they were."
-    found: dict[Any, list[float]] = {name: [] for name in caches}
-    for token in torch.randint(0, 256, (count + 5, 1, 1)):
-        for name, cache in caches.items():
-            begin = time.perf_counter()
-            model(token, cache=cache)
-            found[name].append((time.perf_counter() - begin) * 1e3)
+    tokens = iter(torch.randint(0, 256, ((count + 6) * len(caches), 1, 1)))
+    runs = {name: (lambda c=cache: model(next(tokens), cache=c)) for name, cache in caches.items()}
+    in_turn(runs, 4)
+    found = in_turn(runs, count)
     for cache in caches.values():
         for layer in cache.layers:
-            layer.rollback(count + 5)
-    return {name: times[5:] for name, times in found.items()}
+            layer.rollback(count + 6)
+    return found
 
 
 @torch.no_grad()
@@ -63,10 +61,9 @@ def position() -> dict[str, Any]:
             piece = min(8192, start - caches[start].length)
             model.hidden(torch.randint(0, 256, (1, piece), generator=generator), cache=caches[start])
         print(start, "read in", time.perf_counter() - begin, "s", flush=True)
-    found = ms_per_token(model, caches, 200)
+    found = seconds_per_token(model, caches, 200)
     for start in starts:
-        ratio = statistics.median(a / b for a, b in zip(found[start], found[starts[0]]))
-        row = {"position": start, "ms": statistics.median(found[start]), "ratio": ratio}
+        row = {"position": start, "ms": medians(found)[start] * 1e3, "ratio": ratio(found, start, starts[0])}
         rows.append(row | {"cache_mib": caches[start].nbytes / 2**20})
         print(rows[-1], flush=True)
     return {"model": MODEL, "dtype": "float32", "rows": rows}
@@ -95,12 +92,11 @@ def kinds() -> dict[str, Any]:
                     x.normal_()
                 layer.length = start
         row: dict[str, Any] = {"position": start}
-        for name, times in ms_per_token(model, caches, 35).items():
-            row[name] = statistics.median(times)
-        begin = time.perf_counter()
-        model.hidden(tokens[:, :start])
-        row["no cache"] = (time.perf_counter() - begin) * 1e3
-        rows.append(row)
+        seconds = medians(seconds_per_token(model, caches, 34))
+        seconds |= medians(in_turn({"no cache": lambda x=tokens[:, :start]: model.hidden(x)}, 0))
+        row |= {name: s * 1e3 for name, s in seconds.items()}
+        slots, everything, *_ = seconds.values()
+        rows.append(row | {"ratio": slots / everything})
         print(row, flush=True)
     return {"model": MODEL, "dtype": "float32", "rows": rows}
 
@@ -129,17 +125,8 @@ def memory() -> dict[str, Any]:
     return {"model": MODEL, "rows": rows}
 
 
-SECTIONS = {"position": position, "kinds": kinds, "memory": memory}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS) + "; none: all")
-    for name in parser.parse_args().sections or SECTIONS:
-        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        results[name] = environment() | SECTIONS[name]()
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {"position": position, "kinds": kinds, "memory": memory}
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_sections(__doc__, RESULTS, SECTIONS))

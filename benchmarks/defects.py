@@ -1,6 +1,7 @@
 """Measure again the comparison of a predecessor's report and store the figures in benchmarks/defects.json.
 
-python benchmarks/defects.py    the one section, in about a minute
+    python benchmarks/defects.py            the one section, in about a minute
+    python benchmarks/defects.py --check    store nothing; say what is worse than what is stored
 
 The report ("phase 1.1") compares a standard with an improved form at 2,048 to 16,384 tokens, batch 1, 8 heads of 64,
 calls the latter up to 1.51 times faster and the difference below 1e-6. That improved form attended over the heads of
@@ -10,8 +11,7 @@ with its largest difference from the float64 definition. The report names no seg
 
 from __future__ import annotations
 
-import json
-import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from dilated_attention_nb.benchmarks import environment, in_turn
+from dilated_attention_nb.benchmarks import in_turn, medians, ratio, run_sections
 
 RESULTS = Path(__file__).with_name("defects.json")
 H, D = 8, 64
@@ -70,8 +70,8 @@ def phase_1_1() -> dict[str, Any]:
         row: dict[str, Any] = {"n": n}
         row |= {f"{name}_difference": float((form(*x) - exact).abs().max()) for name, form in forms.items()}
         seconds = in_turn({name: (lambda f=form, x=x: f(*x)) for name, form in forms.items()}, 15)  # type: ignore[misc]
-        row |= {f"{name}_ms": statistics.median(times) * 1e3 for name, times in seconds.items()}
-        row["speedup"] = statistics.median(a / b for a, b in zip(seconds["standard"], seconds["improved"]))
+        row |= {f"{name}_ms": s * 1e3 for name, s in medians(seconds).items()}
+        row["speedup"] = ratio(seconds, "standard", "improved")
         both = in_turn(
             {
                 name: (lambda f=form, x=leaves, g=dout: torch.autograd.grad(f(*x), x, g))  # type: ignore[misc]
@@ -79,18 +79,13 @@ def phase_1_1() -> dict[str, Any]:
             },
             9,
         )
-        row |= {f"{name}_backward_ms": statistics.median(times) * 1e3 for name, times in both.items()}
-        row["backward_speedup"] = statistics.median(a / b for a, b in zip(both["standard"], both["improved"]))
+        row |= {f"{name}_backward_ms": s * 1e3 for name, s in medians(both).items()}
+        row["backward_speedup"] = ratio(both, "standard", "improved")
         rows.append(row)
         print(row, flush=True)
     about = {"batch": 1, "heads": H, "head_dim": D, "dtype": "float32", "causal": False, "mixing": "groups"}
     return about | {"segment_lengths": LENGTHS, "dilation_rates": RATES, "rows": rows}
 
 
-def main() -> None:
-    result = {"phase_1_1": environment() | phase_1_1()}
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(run_sections(__doc__, RESULTS, {"phase_1_1": phase_1_1}))

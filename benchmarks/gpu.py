@@ -14,14 +14,11 @@ Ratios compare runs that alternate within one process. Without CUDA the script s
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.metadata
-import json
 import os
-import platform
 import statistics
 import sys
-import time
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +28,9 @@ import torch
 CUDA = torch.cuda.is_available()
 if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # for --rehearse, before Triton is imported
+
+from dilated_attention_nb import benchmarks  # noqa: E402
+from dilated_attention_nb.benchmarks import in_turn, run_sections  # noqa: E402
 
 RESULTS = Path(__file__).with_name("gpu.json")
 LENGTHS, RATES = (2048, 4096, 8192, 16_384, 32_768), (1, 2, 4, 8, 16)
@@ -49,39 +49,18 @@ def rehearsal() -> None:
 
 def environment() -> dict[str, Any]:
     "Where a section was measured."
-    about = {"device": "cpu, Triton's interpreter: times mean nothing"}
-    if CUDA:
-        found = torch.cuda.get_device_properties(0)
-        about = {"device": found.name, "memory_gib": found.total_memory / 2**30, "cuda": torch.version.cuda}
-        about["capability"] = f"{found.major}.{found.minor}"
-    about |= {"torch": torch.__version__, "triton": importlib.metadata.version("triton")}
-    return about | {"python": platform.python_version(), "date": datetime.date.today().isoformat()}
-
-
-def milliseconds(run: Run) -> float:
-    "One run, by the device's own clock."
+    about = benchmarks.environment(DEVICE.type) | {"triton": importlib.metadata.version("triton")}
     if not CUDA:
-        begin = time.perf_counter()
-        run()
-        return (time.perf_counter() - begin) * 1e3
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
+        return about | {"device": "cpu, Triton's interpreter: times mean nothing"}
+    found = torch.cuda.get_device_properties(0)
+    about |= {"memory_gib": found.total_memory / 2**30, "cuda": torch.version.cuda}
+    return about | {"capability": f"{found.major}.{found.minor}"}
 
 
 def alternate(runs: dict[str, Run], repeats: int | None = None) -> dict[str, list[float]]:
-    "Milliseconds of each run, taken in turn, after three rounds of warm-up (compilation among them)."
-    for _ in range(3 if CUDA else 0):
-        for run in runs.values():
-            run()
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats or SIZES["repeats"]):
-        for name, run in runs.items():
-            found[name].append(milliseconds(run))
-    return found
+    "Milliseconds of each run, taken in turn, after rounds of warm-up (compilation among them), by the device's clock."
+    seconds = in_turn(runs, repeats or SIZES["repeats"], DEVICE.type)
+    return {name: [1e3 * s for s in found] for name, found in seconds.items()}
 
 
 def normal(n: int, heads: int, d: int, dtype: torch.dtype, count: int = 3) -> list[torch.Tensor]:
@@ -181,7 +160,7 @@ def long() -> dict[str, Any]:
     rows, heads, d = [], SIZES["heads"], 64
     for n in SIZES["long"]:
         need = n * heads * (4 * d * 2 + 4)
-        free = torch.cuda.mem_get_info()[0] if CUDA else need
+        free = torch.cuda.mem_get_info()[0] if CUDA else 2 * need
         row: dict[str, Any] = {"n": n, "needs_gib": need / 2**30}
         if need > 0.98 * free:
             rows.append(row | {"skipped": f"needs {need / 1e9:.0f} GB of GPU memory, {free / 1e9:.0f} GB are free"})
@@ -245,28 +224,20 @@ SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {"floor": floor, "dense": de
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS) + "; none: all")
-    parser.add_argument("--rehearse", action="store_true", help="toy sizes, nothing is stored")
-    args = parser.parse_args()
-    if unknown := set(args.sections) - set(SECTIONS):
-        parser.error(f"unknown section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
-    if not CUDA and not args.rehearse:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--rehearse", action="store_true")
+    own, rest = parser.parse_known_args()
+    if not CUDA and not own.rehearse and not {"-h", "--help"} & set(rest):
         print(
             "benchmarks/gpu.py needs an NVIDIA GPU (H100 or H200 for its goals, 110 GB of memory for 16 million tokens)"
         )
         print("and torch for CUDA, which brings Triton. Nothing was measured; --rehearse tries the script at toy size.")
         return 0
-    if args.rehearse:
-        rehearsal()
-    for name in args.sections or list(SECTIONS):
-        print(f"{name} ...", flush=True)
-        result = environment() | SECTIONS[name]()
-        if not args.rehearse:
-            stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-            RESULTS.write_text(json.dumps(stored | {name: result}, indent=1) + "\n")
-        print(json.dumps(result, indent=1), flush=True)
-    return 0
+    with tempfile.TemporaryDirectory() as folder:
+        if own.rehearse:
+            rehearsal()
+        results = Path(folder) / "rehearsal.json" if own.rehearse else RESULTS
+        return run_sections(__doc__, results, SECTIONS, rest, environment)
 
 
 if __name__ == "__main__":

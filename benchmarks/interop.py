@@ -1,16 +1,16 @@
 """Measure the GigaPath slide encoder and store the figures in benchmarks/interop.json.
 
-python benchmarks/interop.py                   all sections (a quarter of an hour on one core)
-python benchmarks/interop.py algorithm memory  some of them
+python benchmarks/interop.py                     all sections (a quarter of an hour on one core)
+python benchmarks/interop.py algorithm memory    some of them
+python benchmarks/interop.py --check memory      store nothing; say what is worse than what is stored
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import resource
-import statistics
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dilated_attention_nb.benchmarks import environment, in_turn
+from dilated_attention_nb.benchmarks import in_turn, medians, ratio, run_sections
 
 RESULTS = Path(__file__).with_name("interop.json")
 torch.set_num_threads(1)
@@ -96,13 +96,13 @@ def algorithm() -> dict[str, Any]:
         assert error < 1e-4, error
         t = in_turn({"ours": lambda: ours(x, coords), "theirs": lambda: theirs(x, coords)}, repeats)  # noqa: B023
         row: dict[str, Any] = {"tiles": n, "depth": depth, "error": error}
-        row["throughput_ratio"] = statistics.median(b / a for a, b in zip(t["ours"], t["theirs"]))
+        row["throughput_ratio"] = ratio(t, "theirs", "ours")
         x = torch.randn(3, 1, n + 1, 16, 48)
         parts = {"ours": ours, "theirs": theirs}
         alone = {name: (lambda m=m: m.encoder.layers[0].self_attn.attention(*x)) for name, m in parts.items()}  # noqa: B023
         t2 = in_turn(alone, repeats)
-        row["attention_ratio"] = statistics.median(b / a for a, b in zip(t2["ours"], t2["theirs"]))
-        rows.append(row | {f"{name}_s": statistics.median(times) for name, times in t.items()})
+        row["attention_ratio"] = ratio(t2, "theirs", "ours")
+        rows.append(row | {f"{name}_s": seconds for name, seconds in medians(t).items()})
         print(rows[-1], flush=True)
     return {"dtype": "float32", "rows": rows}
 
@@ -158,17 +158,8 @@ def large() -> dict[str, Any]:
     return grown((100_000,))
 
 
-SECTIONS = {"algorithm": algorithm, "memory": memory, "large": large}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS) + "; none: all")
-    for name in parser.parse_args().sections or SECTIONS:
-        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        results[name] = environment() | SECTIONS[name]()
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {"algorithm": algorithm, "memory": memory, "large": large}
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_sections(__doc__, RESULTS, SECTIONS))

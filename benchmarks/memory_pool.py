@@ -160,7 +160,8 @@ def threads() -> dict[str, Any]:
             "pool": lambda f=together, p=pool: f(lambda: pooled(p, 64, 1, False)),
         }
         seconds = medians(in_turn(runs))
-        rows.append({"pool_threads": count} | {f"{name}_us": t / (loans * count) * 1e6 for name, t in seconds.items()})
+        row = {"pool_threads": count, "speedup": seconds["fresh"] / seconds["pool"]}
+        rows.append(row | {f"{name}_us": t / (loans * count) * 1e6 for name, t in seconds.items()})
         print(rows[-1], flush=True)
     return {"rows": rows, "loan_us": statistics.median(row["pool_us"] for row in rows)}
 

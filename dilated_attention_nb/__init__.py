@@ -342,6 +342,7 @@ if TYPE_CHECKING:
         resume_run as resume_run,
         sample_tokens as sample_tokens,
         save_checkpoint as save_checkpoint,
+        sequence_worker as sequence_worker,
         stage_of as stage_of,
         start_run as start_run,
         state_tensors as state_tensors,
@@ -372,6 +373,7 @@ if TYPE_CHECKING:
     from dilated_attention_nb import elastic as elastic
     from dilated_attention_nb.elastic import (
         Checkpoints as Checkpoints,
+        doomed_worker as doomed_worker,
         elastic_configs as elastic_configs,
         elastic_main as elastic_main,
         parse_elastic as parse_elastic,
@@ -705,6 +707,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "resume_run",
         "sample_tokens",
         "save_checkpoint",
+        "sequence_worker",
         "stage_of",
         "start_run",
         "state_tensors",
@@ -733,6 +736,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     ),
     "elastic": (
         "Checkpoints",
+        "doomed_worker",
         "elastic_configs",
         "elastic_main",
         "parse_elastic",
@@ -919,6 +923,7 @@ __all__ = [
     "demo_fill",
     "demo_ring",
     "dilated_attention",
+    "doomed_worker",
     "draw_tokens",
     "elastic_configs",
     "elastic_main",
@@ -1013,6 +1018,7 @@ __all__ = [
     "saved_for_backward",
     "scorer_loss",
     "segments_of",
+    "sequence_worker",
     "shard_sequence",
     "sharding_worker",
     "share_in_ring",

@@ -151,7 +151,8 @@ def _blocks(x: Tensor, size: int) -> Tensor:
     "`[b, n, ...]` -> `[b, blocks, size, ...]`, filled up with zeros if the last block is partial."
     if rest := -x.shape[1] % size:
         x = torch.cat([x, x.new_zeros((x.shape[0], rest, *x.shape[2:]))], 1)
-    return x.unflatten(1, (-1, size))
+    blocks: Tensor = x.unflatten(1, (-1, size))
+    return blocks
 
 
 def _room(q: Tensor, heads: int, size: int) -> int:
@@ -191,7 +192,8 @@ def _often(num: Tensor, cols: int) -> bool:
 
 
 def _unstring(x: Tensor, heads: int) -> Tensor:
-    return x.squeeze(3).unflatten(1, (heads, -1)).movedim(1, 3)
+    separate: Tensor = x.squeeze(3).unflatten(1, (heads, -1))
+    return separate.movedim(1, 3)
 
 
 def _jobs(
@@ -324,7 +326,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, is_causal: boo
         raise ValueError(complaint("backend", "be available here", f"'flex': {refusal}", "use 'auto', which can"))
     block_mask = _flex_mask(pattern, is_causal, q.device)
     swapped = (x.transpose(1, 2) for x in (q, k, v))
-    out = _compiled_flex()(*swapped, block_mask=block_mask, scale=scale, enable_gqa=k.shape[2] < q.shape[2])
+    out: Tensor = _compiled_flex()(*swapped, block_mask=block_mask, scale=scale, enable_gqa=k.shape[2] < q.shape[2])
     return out.transpose(1, 2)
 
 
@@ -371,4 +373,6 @@ def block_sparse_attention(
     if backend == "flex":
         return _flex(q, k, v, pattern, is_causal, factor, key_padding_mask)
     lists = pattern.kv_num_blocks, pattern.kv_indices, pattern.block_size
-    return sparse_forward_op(q, k, v, key_padding_mask, *lists, is_causal, factor, backend, use_tf32)[0]
+    how = *lists, is_causal, factor, backend, use_tf32
+    out: Tensor = sparse_forward_op(q, k, v, key_padding_mask, *how)[0]
+    return out

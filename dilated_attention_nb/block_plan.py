@@ -258,7 +258,8 @@ class Woven:
             head, block = index // self.blocks, index % self.blocks
             tokens = torch.arange(0, size * self.heads, self.heads, device=self.device)
             space.last = blocks, (tokens + (block * size * self.heads + head)[:, None]).view(-1)
-        return space.last[1]
+        found: Tensor = space.last[1]
+        return found
 
 
 def read(space: Scratch, name: str, x: Tensor | Woven, blocks: Span, dtype: torch.dtype) -> Tensor:

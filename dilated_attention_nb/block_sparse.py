@@ -107,7 +107,8 @@ def block_shares(
         shape = torch.broadcast_shapes(x.shape[:3], y.shape[:3])
         x, y = (z.expand(*shape, *z.shape[3:]).flatten(0, 2) for z in (x, y))
         mask = mask.expand(*shape, size).flatten(0, 2)
-        return attend_forward(x, y, y, causal, mask, scale, name)[1].unflatten(0, shape)
+        lse: Tensor = attend_forward(x, y, y, causal, mask, scale, name)[1].unflatten(0, shape)
+        return lse
 
     found = lse(some[:, :, None], keys[:, None], hidden[:, None], False)
     if is_causal:
@@ -217,13 +218,15 @@ class BlockSparseAttention(nn.Module):
                 loss = scorer_loss(of_q, of_k, shares, rows, is_causal)
         how = (c.block_size, is_causal, q.shape[3] ** -0.5, "auto", c.use_tf32)
         out = sparse_forward_op(q, k, v, key_padding_mask, num, index, *how)[0][:, filled:]
-        return dropout(out if loss is None else _Attach.apply(out, loss), c.dropout, self.training)
+        if loss is not None:
+            out = _Attach.apply(out, loss)  # type: ignore[no-untyped-call]
+        return dropout(out, c.dropout, self.training)
 
     def extra_repr(self) -> str:
         return f"{self.config}"
 
 
-@torch._dynamo.assume_constant_result
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def _lists(module: BlockSparseAttention, n: int, nq: int, num_heads: int, is_causal: bool) -> tuple[Tensor, Tensor]:
     "The indices for these lengths, which a compiled graph holds as constants."
     pattern = module.pattern(n, num_heads, is_causal)

@@ -57,7 +57,8 @@ def needed(pattern: BlockPattern, task: SparseTask, rank: int) -> Bool[Tensor, "
     found = torch.zeros(len(index), pattern.cols + 1, dtype=torch.bool)
     found.scatter_(1, index.where(kept, pattern.cols).flatten(1), True)
     repeat = task.num_heads // task.kv_heads if len(index) > 1 else 1
-    return found[:, : pattern.cols].unflatten(0, (-1, repeat)).any(1)
+    by_head: Tensor = found[:, : pattern.cols].unflatten(0, (-1, repeat))
+    return by_head.any(1)
 
 # %% ../nbs/09b_block_sparse_plan.ipynb #7b9ce6f7
 @dataclass(frozen=True, eq=False)
@@ -89,7 +90,8 @@ class Blocks(Parcel):
         "Keys and values (and padding), or their gradients."
         heads = ((len(p.blocks), p.kv_heads.stop - p.kv_heads.start) for p in self.parts)
         width, extra = 2 * call.head_dim, call.masked and not gradient
-        return call.batch * call.block_size * sum(m * (h * width + extra) for m, h in heads)
+        numbers: int = call.batch * call.block_size * sum(m * (h * width + extra) for m, h in heads)
+        return numbers
 
 
 def make_parcel(task: SparseTask, needs: Bool[Tensor, "hk cols"], owner: int, receiver: int) -> Blocks | None:
@@ -168,7 +170,9 @@ class SparsePlan(Plan):
         "Bytes of its lists."
         jobs = [*self.home, *(job for jobs in self.guests.values() for _, job in jobs)]
         parts = [part for move in self.moves for part in move.parcel.parts]
-        return sum(x.nbytes for job in jobs for x in (job.num, job.index)) + sum(p.blocks.nbytes for p in parts)
+        return sum(int(x.nbytes) for job in jobs for x in (job.num, job.index)) + sum(
+            int(p.blocks.nbytes) for p in parts
+        )
 
 # %% ../nbs/09b_block_sparse_plan.ipynb #9af3718b
 def make_sparse_plan(pattern: BlockPattern, task: SparseTask, needs: Sequence[Tensor], rank: int) -> SparsePlan:

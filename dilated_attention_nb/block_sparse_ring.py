@@ -52,7 +52,7 @@ class SparseWorker(Schedule):
 
     def pack(self, parcel: Blocks, flat: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         def picked(x: Tensor, part: Part) -> Tensor:
-            blocks = x.unflatten(1, (-1, self.call.block_size))
+            blocks: Tensor = x.unflatten(1, (-1, self.call.block_size))
             return blocks.index_select(1, part.blocks.to(x.device)).flatten(1, 2)
 
         for part, kv, padding in self.split(parcel, flat):
@@ -93,7 +93,8 @@ class SparseWorker(Schedule):
         at, diagonal = (slice(None), job.rows, job.heads), self.call.is_causal and owner == self.plan.rank
         with self.working(job, owner):
             tensors = dout[at], q[at], k, v, out[at], lse[at], mask
-            return sparse_backward_op(*tensors, *self.lists(job, diagonal))
+            dq, dk, dv = sparse_backward_op(*tensors, *self.lists(job, diagonal))
+            return dq, dk, dv
 
     def attend_own(self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         for job in self.plan.home:

@@ -26,7 +26,7 @@ from dilated_attention_nb.config import (
     complaint,
 )
 from .kv_cache import DilatedKVCache, KVCache
-from .longnet import LongNet, LongNetConfig, check_tokens
+from .longnet import LongNet, LongNetConfig, check_tokens, evaluating
 from .partial import cast_like_autocast
 
 # %% ../nbs/13_decoding.ipynb #5f7dc2f9
@@ -59,7 +59,8 @@ class LongNetCache:
             self.layers = [
                 DilatedKVCache(config.attention_config, *shape, max_seq_len, **place) for _ in range(config.num_layers)
             ]
-        self.recent: Tensor | None = None  # tokens that the embedding of the next one reads
+        self.batch_size, self.device = self.layers[0].batch_size, self.layers[0].device
+        self.recent: dict[int, Tensor] = {}  # by number of tokens read: the last of them, which an embedding looks at
 
     @property
     def length(self) -> int:
@@ -81,16 +82,19 @@ class LongNetCache:
         "Embed tokens that follow those read, with as many of these as the embedding's `context` asks for."
         context = getattr(embedding, "context", 0)
         if not context:
-            return embedding(tokens)
-        known = tokens if self.length == 0 or self.recent is None else torch.cat((self.recent, tokens), 1)
-        self.recent = known[:, max(0, known.shape[1] - context) :]
-        return embedding(known)[:, -tokens.shape[1] :]
+            alone: Tensor = embedding(tokens)
+            return alone
+        before = {at: last for at, last in self.recent.items() if at == self.length}  # left if this call fails
+        known = torch.cat((*before.values(), tokens), 1)
+        self.recent = before | {self.length + tokens.shape[1]: known[:, max(0, known.shape[1] - context) :]}
+        embedded: Tensor = embedding(known)
+        return embedded[:, -tokens.shape[1] :]
 
     def reset(self) -> None:
         "Forget everything; the memory stays."
         for layer in self.layers:
             layer.reset()
-        self.recent = None
+        self.recent = {}
 
 # %% ../nbs/13_decoding.ipynb #1d4b4040
 class _Rows:
@@ -116,7 +120,8 @@ class JoinedCache:
             rule, advice = "be different caches of one model", "make one for each part from the same config"
             raise ValueError(complaint("parts", rule, f"{len(parts)} of them", advice))
         self.parts, self.config = list(parts), parts[0].config
-        self.sizes = [part.layers[0].batch_size for part in parts]
+        self.sizes = [part.batch_size for part in parts]
+        self.batch_size, self.device = sum(self.sizes), parts[0].device
         self.layers = [_Rows([part.layers[i] for part in parts]) for i in range(self.config.num_layers)]
 
     @property
@@ -277,14 +282,8 @@ def _steps(
 @torch.no_grad()
 def _next_logits(model: LongNet, tokens: Tensor, cache: LongNetCache | JoinedCache) -> Float[Tensor, "b vocab"]:
     "Of what follows the last token, without dropout."
-    training = model.training
-    try:
-        if training:
-            model.eval()
+    with evaluating(model):
         return F.linear(model.hidden(tokens, cache=cache)[:, -1], model.head_weight)
-    finally:
-        if training:
-            model.train()
 
 
 LongNet.generate = generate  # type: ignore[assignment, method-assign]

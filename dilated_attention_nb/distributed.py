@@ -145,7 +145,8 @@ class ShardedNorm(nn.Module):
     def forward(self, x: Float[Tensor, "b m part"]) -> Float[Tensor, "b m part"]:
         cut: Any = (self.weight, self.bias)
         weight, bias = (p.to_local() for p in cut)
-        return WideNorm.apply(x, weight, bias, self.eps, self.mesh.get_group())
+        out: Tensor = WideNorm.apply(x, weight, bias, self.eps, self.mesh.get_group())  # type: ignore[no-untyped-call]
+        return out
 
 # %% ../nbs/16_distributed.ipynb #77d91bb7
 def check_tensor_shards(config: LongNetConfig, size: int) -> None:
@@ -275,7 +276,7 @@ class DistributedLongNet:
         return total.item() / self.sizes["tensor"] / max(1, int(count))
 
     def _at_once(self, tokens: Tensor, targets: Tensor, factor: float) -> Tensor:
-        total = self.module(tokens, targets).sum()
+        total: Tensor = self.module(tokens, targets).sum()
         (total * factor).backward()
         return total.detach()
 
@@ -325,7 +326,10 @@ class DistributedLongNet:
                 dist.all_reduce(grad.div_(size), group=group)
 
 # %% ../nbs/16_distributed.ipynb #ded45202
-def counted_hook(state: tuple[list[int], dist.ProcessGroup], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def counted_hook(
+    state: tuple[list[int], dist.ProcessGroup],
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[Tensor]:
     "DDP's own reduction of a bucket, noted."
     state[0].append(bucket.buffer().nbytes)
     return allreduce_hook(state[1], bucket)

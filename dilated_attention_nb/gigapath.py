@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from dilated_attention_nb.config import (
     FLOAT_DTYPES,
     Config,
+    check_dropout,
     check_flag,
     check_home,
     check_int,
     check_positive,
     complaint,
 )
-from .longnet import LongNetConfig, LongNetEncoder
+from .longnet import LongNetConfig, LongNetEncoder, evaluating
 
 # %% ../nbs/13b_gigapath.ipynb #a5a615c1
 def position_codes(
@@ -120,6 +121,7 @@ class GigaPathConfig(Config):
         self._check(check_int, "in_chans", "embed_dim", "depth", "num_heads", "ffn_dim", "slide_ngrids", "tile_size")
         self._check(check_flag, "global_pool", "check_layout")
         self._check(check_positive, "norm_eps")
+        self._check(check_dropout, "dropout", "drop_path_rate")
         if self.embed_dim % 4:
             raise ValueError(
                 complaint("embed_dim", "be a multiple of 4", self.embed_dim, "the codes of places need it")
@@ -165,7 +167,10 @@ class GigaPathSlideEncoder(nn.Module):
         "What the first layer reads: the class token and the tiles with their places, `m = n + 1`."
         c = self.config
         if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[2] != c.in_chans or not x.shape[0] * x.shape[1]:
-            got, rule = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__, "be a tensor [batch, tiles, {}]"
+            got, rule = (
+                tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__,
+                "be a tensor [batch, tiles, {}], none of them 0",
+            )
             raise ValueError(complaint("x", rule.format(c.in_chans), got, "add the batch with [None]"))
         if x.dtype not in FLOAT_DTYPES:
             raise TypeError(complaint("x", "be a float tensor", x.dtype, "convert it with .float()"))
@@ -194,7 +199,8 @@ class GigaPathSlideEncoder(nn.Module):
         return self._pooled(self.encoder(stream))
 
     def _pooled(self, state: Float[Tensor, "b m e"]) -> Float[Tensor, "b e"]:
-        return self.norm(state[:, 1:].mean(1) if self.config.global_pool else state[:, 0])
+        pooled: Tensor = self.norm(state[:, 1:].mean(1) if self.config.global_pool else state[:, 0])
+        return pooled
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **values: Any) -> "GigaPathSlideEncoder":
@@ -209,9 +215,10 @@ def attention_rollout(
 ) -> Float[Tensor, "b n"]:
     """How much of each tile reaches the slide's embedding along attention: shares that add up to 1.
 
-    Abnar and Zuidema 2020, arXiv:2005.00928, without ever making a matrix of weights. Raises as the model does.
+    Abnar and Zuidema 2020, arXiv:2005.00928, without ever making a matrix of weights, and without dropout. Raises as
+    the model does.
     """
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), evaluating(model):
         states = list(model.encoder.states(model.embed(x, coords)))
         share = torch.zeros_like(states[0][..., 0])
         share[:, 1:] = float(model.config.global_pool)

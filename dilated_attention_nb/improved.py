@@ -422,7 +422,12 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, 
     return *backward_op(dout, *ctx.saved_tensors, *ctx.options), None, *(None for _ in ctx.options)
 
 
+def _no_second_derivative(ctx: Any, *_: Any) -> Any:
+    raise NotImplementedError("dilated_attention has no second derivative; use DilatedAttention(config, 'math')")
+
+
 forward_op.register_autograd(_backward, setup_context=_save)
+backward_op.register_autograd(_no_second_derivative)
 
 # %% ../nbs/07_improved.ipynb #f8ed8d68
 def dilated_attention(

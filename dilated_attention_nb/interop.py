@@ -19,6 +19,7 @@ from dilated_attention_nb.config import (
     check_config,
     check_heads,
     check_home,
+    check_placement,
     complaint,
 )
 from .gigapath import GigaPathConfig as GigaPathConfig
@@ -68,6 +69,11 @@ class DilatedMHA(nn.MultiheadAttention):
                 shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
                 rule = f"be a tensor [batch, tokens, {self.embed_dim}] or [tokens, {self.embed_dim}]"
                 raise ValueError(complaint(name, rule, shape, "embed the tokens first"))
+            if not x.is_floating_point():
+                raise TypeError(complaint(name, "be a floating-point tensor", x.dtype, "embed the tokens first"))
+            if x.dim() != query.dim():
+                rule, advice = f"have query's {query.dim()} dimensions", "give all a batch, or none"
+                raise ValueError(complaint(name, rule, tuple(x.shape), advice))
             check_home(name, x, self.in_proj_weight)
         turned, single = not self.batch_first and query.dim() == 3, query.dim() == 2
         inputs = [x.transpose(0, 1) if turned else x[None] if single else x for x in (query, key, value)]
@@ -130,14 +136,16 @@ def replace_attention(model: nn.Module, config: DilatedAttentionConfig) -> nn.Mo
     check_config("config", config, DilatedAttentionConfig)
     if not isinstance(model, nn.Module):
         raise TypeError(complaint("model", "be a module", type(model).__name__, "make one of the class"))
-    found: list[tuple[nn.Module, str, DilatedMHA]] = []
-    for parent in model.modules():
-        for name, child in parent.named_children():
-            crossing = isinstance(parent, nn.TransformerDecoderLayer) and name == "multihead_attn"
-            if type(child) is nn.MultiheadAttention and not crossing:
-                found.append((parent, name, _dilated_twin(child, config)))
     if type(model) is nn.MultiheadAttention:
         return _dilated_twin(model, config)
+    found: list[tuple[nn.Module, str, DilatedMHA]] = []
+    twins: dict[nn.Module, DilatedMHA] = {}  # a layer that stands in several places stays one
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            crossing = isinstance(parent, nn.TransformerDecoderLayer) and name == "multihead_attn"
+            if type(child) is nn.MultiheadAttention and not crossing:
+                twins[child] = twins.get(child) or _dilated_twin(child, config)
+                found.append((parent, name, twins[child]))
     if not found:
         rule = "have a nn.MultiheadAttention that attends to itself"
         raise ValueError(complaint("model", rule, type(model).__name__, "build one with MultiheadDilatedAttention"))
@@ -160,12 +168,23 @@ def _dilated_twin(old: nn.MultiheadAttention, config: DilatedAttentionConfig) ->
     return new.train(old.training)
 
 # %% ../nbs/14_interop.ipynb #c6a9b933
+_PASSED_ON = frozenset(("__get__", "__repr__", "as_subclass", "to", "contiguous", "clone", "detach", "dim", "size"))
+
+
 class _Seen(Tensor):
     """What a model of transformers asked its mask function for: `[b, 1, 1, keys]`, True for real ones.
 
     Keys that a static cache has no content for are left out. Without padding it is `[b, 0, 1, keys]`. It is a tensor of
-    four dimensions because transformers passes those on as they are, and makes them contiguous or moves them.
+    four dimensions because transformers passes those on as they are, and makes them contiguous or moves them. Nothing
+    else can be done with it: a model that adds it to its scores computes an attention of its own.
     """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ not in _PASSED_ON:
+            rule, advice = "be handed to the attention as it is", "this model computes attention itself: take 'eager'"
+            raise ValueError(complaint("the mask", rule, f"{func.__name__}()", advice))
+        return super().__torch_function__(func, types, args, kwargs or {})
 
 
 class _SeenCausal(_Seen):
@@ -213,6 +232,9 @@ def register_with_transformers(
             advice = f"{name!r} can't be combined with sliding windows, chunks, packed sequences or other masks"
             raise ValueError(complaint("the model's mask", "be causal or bidirectional", got, advice))
         length = min(int(q_offset) + q_length, kv_length) if mask_function is causal else kv_length
+        if attention_mask is not None and attention_mask.shape[1] < length:
+            rule, advice = f"cover all {length} tokens", "1 for tokens, 0 for padding, the cached ones included"
+            raise ValueError(complaint("attention_mask", rule, tuple(attention_mask.shape), advice))
         real = torch.ones(batch_size, 0, 1, length, dtype=torch.bool)
         if attention_mask is not None and not attention_mask[:, :length].all():
             real = attention_mask[:, None, None, :length].bool()
@@ -229,9 +251,16 @@ def register_with_transformers(
         for option in ("softcap", "s_aux", "position_bias", "sliding_window"):
             if extra.get(option) is not None:
                 raise ValueError(f"dilated attention has no {option}, which {type(module).__name__} asks for")
+        for which, x in (("query", query), ("key", key), ("value", value)):
+            check_placement(which, x, config.device, config.dtype)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         length, real = attention_mask.shape[3], attention_mask.as_subclass(Tensor)
         causally = isinstance(attention_mask, _SeenCausal)
+        decoder = getattr(module, "is_decoder", False) or "Cross" in type(module).__name__
+        if not causally and (decoder or q.shape[1] != k.shape[1]):
+            got = f"{q.shape[1]} queries for {k.shape[1]} keys in {type(module).__name__}"
+            advice = "keys must be the queries' own tokens: a model with an encoder and a decoder can't be dilated"
+            raise ValueError(complaint("attention", "not be cross-attention", got, advice))
         out = _attend_rows(q, k[:, :length], v[:, :length], causally, real.flatten(1), config, scaling)
         return F.dropout(out, dropout, module.training), None
 

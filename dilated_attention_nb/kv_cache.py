@@ -80,7 +80,7 @@ class _Cache:
         fits = (k.shape[0], *k.shape[2:]) == (self.batch_size, self.num_kv_heads, self.head_dim)
         if not fits or k.dtype != self.dtype or k.device.type != self.device.type:
             got = f"{tuple(k.shape)} in {k.dtype} on {k.device}"
-            raise ValueError(complaint("k", rule, got, "make the cache for this batch, model and dtype"))
+            raise ValueError(complaint("k", rule, got, "make the cache for this batch, model, device and dtype"))
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
             raise ValueError(complaint("q, k and v", "need no gradient", "some that do", "use torch.no_grad()"))
         after = self.length + k.shape[1]
@@ -118,7 +118,7 @@ class KVCache(_Cache):
         head_dim: int,
         batch_size: int = 1,
         num_kv_heads: int | None = None,  # of keys and values, dividing num_heads; None: as many
-        config: DilatedAttentionConfig | None = None,  # None: full attention
+        config: DilatedAttentionConfig | None = None,  # None: full attention; any length is read, whatever its ragged
         *,
         scale: float | None = None,  # None is head_dim ** -0.5
         backend: str = "auto",
@@ -282,7 +282,8 @@ def _cuts(view: Callable[[Tensor], Tensor], run: _Run, alone: bool) -> Iterator[
     "`x` `[b, n, h, ...]` -> `[b, segments, rows, stored heads, ...]`: the heads that share keys as rows, or in turn."
 
     def grouped(x: Tensor) -> Tensor:
-        return view(x[:, :, run.heads]).unflatten(3, (-1, run.serves))
+        groups: Tensor = view(x[:, :, run.heads]).unflatten(3, (-1, run.serves))
+        return groups
 
     if alone:
         yield lambda x: grouped(x)[:, :, 0].transpose(2, 3)
@@ -300,7 +301,7 @@ class DilatedKVCache(_Cache):
 
     def __init__(
         self,
-        config: DilatedAttentionConfig,
+        config: DilatedAttentionConfig,  # any length is read, whatever its ragged
         num_heads: int,  # of the queries
         head_dim: int,
         batch_size: int = 1,

@@ -10,6 +10,7 @@ __all__ = ['POSITIONS', 'LARGEST_EXPONENT', 'LongNetConfig', 'longnet_125m', 'lo
 # %% ../nbs/12_longnet.ipynb #9f16e6b4
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -249,6 +250,26 @@ class LongNetLayer(nn.Module):
         return x * kept / (1 - self.drop_path)
 
 # %% ../nbs/12_longnet.ipynb #cd7efe97
+def _check_cache(cache: Any, config: LongNetConfig, x: Tensor) -> None:
+    "Raises unless `cache` is None or can remember the rows of `x`, which go through a model of this config."
+    if cache is None:
+        return
+    advice = "make one with LongNetCache(model.config, batch_size)"
+    able = all(hasattr(cache, name) for name in ("layers", "batch_size", "device", "positions", "embed"))
+    if not able or not isinstance(getattr(cache, "config", None), LongNetConfig):
+        raise TypeError(complaint("cache", "be a LongNetCache, a JoinedCache or None", type(cache).__name__, advice))
+    if cache.config != config:
+        theirs, ours = cache.config.to_dict(), config.to_dict()
+        got = "one with " + ", ".join(f"{name}={value}" for name, value in theirs.items() if value != ours.get(name))
+        raise ValueError(complaint("cache", "be made for this model's config", got, advice))
+    if cache.batch_size != len(x):
+        raise ValueError(complaint("cache", f"be made for a batch of {len(x)}", cache.batch_size, advice))
+    if cache.device.type != x.device.type:
+        raise ValueError(
+            complaint("cache", f"be on the tokens' device {x.device}", cache.device, "make it with device=")
+        )
+
+
 class LayerStack(nn.Module):
     "Layers one after another, then a LayerNorm; over embeddings. Raises `TypeError` for another config."
 
@@ -259,15 +280,14 @@ class LayerStack(nn.Module):
         self.layer_norm = nn.LayerNorm(config.embed_dim, config.layer_norm_eps)
 
     def _rotation(self, x: Tensor, is_causal: bool, cache: Any) -> Rotation | None:
-        "Of the positions of `x`, for all layers."
+        "Of the positions of `x`, for all layers. Raises `RuntimeError` for a cache that an interruption left half way."
+        positions = torch.arange(x.shape[1], device=x.device) if cache is None else cache.positions(x.shape[1])
         if self.config.position == "none":
             return None
         if self.config.position == "xpos" and not is_causal:
             advice = "use 'rope' or 'none': xPos grows for keys to the right"
             raise ValueError(complaint("position", "not be 'xpos' without is_causal", "'xpos'", advice))
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        positions = torch.arange(x.shape[1], device=x.device) if cache is None else cache.positions(x.shape[1])
-        return make_rotation(positions, self.config, dtype)
+        return make_rotation(positions, self.config, torch.promote_types(x.dtype, torch.float32))
 
     def states(
         self,
@@ -279,12 +299,11 @@ class LayerStack(nn.Module):
         "The stream before the first layer and after each, without the final LayerNorm."
         if not isinstance(x, Tensor):
             raise TypeError(complaint("x", "be a tensor [batch, seq, embed_dim]", type(x).__name__, "pass a tensor"))
-        if x.dim() != 3 or x.shape[2] != self.config.embed_dim:
-            rule = f"have shape [batch, seq, embed_dim] with embed_dim {self.config.embed_dim}"
+        if x.dim() != 3 or x.shape[2] != self.config.embed_dim or x.shape[0] == 0 or x.shape[1] == 0:
+            rule = f"have shape [batch, seq, embed_dim], none of them 0, with embed_dim {self.config.embed_dim}"
             raise ValueError(complaint("x", rule, tuple(x.shape), "the batch comes first"))
         check_home("x", x, self.layer_norm.weight)
-        if cache is not None and cache.config != self.config:
-            raise ValueError(complaint("cache", "be made for this model's config", cache.config, "make another"))
+        _check_cache(cache, self.config, x)
         position = self._rotation(x, is_causal, cache)
         x = F.dropout(x, self.config.dropout, self.training)
         yield x
@@ -369,7 +388,12 @@ def _backward(ctx: Any, dlosses: Tensor, _: Any) -> tuple[Tensor, Tensor, None, 
     return *losses_backward_op(dlosses, *ctx.saved_tensors, ctx.ignored), None, None
 
 
+def _no_second_derivative(ctx: Any, *_: Any) -> Any:
+    raise NotImplementedError("token_losses has no second derivative; use cross_entropy of the logits")
+
+
 losses_op.register_autograd(_backward, setup_context=_save)
+losses_backward_op.register_autograd(_no_second_derivative)
 
 # %% ../nbs/12_longnet.ipynb #0e730884
 def token_losses(
@@ -380,8 +404,13 @@ def token_losses(
 ) -> Float[Tensor, "*batch"]:
     """`cross_entropy(x @ weight.T, targets)` of each row in nats, float32 or wider; all logits never exist at once.
 
-    Raises `ValueError` for targets of another shape.
+    Raises `ValueError` for targets or a weight of another shape, `TypeError` for targets that are no integers.
     """
+    if targets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(complaint("targets", "be int64 or int32", targets.dtype, "convert them with .long()"))
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        got, advice = f"{tuple(weight.shape)} for x {tuple(x.shape)}", "it is the head's, [vocab, width]"
+        raise ValueError(complaint("weight", "have a row of x's width for each token", got, advice))
     if x.shape[:-1] != targets.shape:
         got = f"{tuple(targets.shape)} for {tuple(x.shape)}"
         raise ValueError(complaint("targets", "have x's shape without the last dimension", got, "one for each row"))
@@ -409,6 +438,19 @@ def check_tokens(name: str, x: Any, vocab_size: int, ignored: int | None = None)
         if low < 0 or high >= vocab_size:
             rule = f"be {'' if ignored is None else f'{ignored} or '}in [0, {vocab_size})"
             raise ValueError(complaint(name, rule, low if low < 0 else high, "is it another tokenizer's?"))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    "Without dropout; afterwards each part of the model is in the mode that it was in."
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _embedding(vocab_size: int, embed_dim: int) -> nn.Embedding:
@@ -474,6 +516,7 @@ class LongNet(nn.Module):
         "What the head reads: of every token, or of those that follow what the cache has read. Raises as `forward`."
         check_tokens("tokens", tokens, self.head_weight.shape[0])
         check_home("tokens", tokens, self.head_weight)
+        _check_cache(cache, self.config, tokens)
         x = self.embed_tokens(tokens) if cache is None else cache.embed(self.embed_tokens, tokens)
         states: Tensor = self.decoder(x * self.config.embed_dim**0.5, key_padding_mask, True, cache)
         return states

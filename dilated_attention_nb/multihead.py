@@ -211,6 +211,11 @@ class MultiheadDilatedAttention(nn.Module):
         inputs = ("query", query, self.q_proj), ("key", key, self.k_proj), ("value", value, self.v_proj)
         for name, x, projection in inputs:
             self._check_input(name, x, projection)
+        others: dict[str, Any] = {"position": position, "cache": cache}
+        for name, given in others.items():
+            if given is not None and not callable(given):
+                advice = "a Rotation of longnet, a KVCache or DilatedKVCache can be"
+                raise TypeError(complaint(name, "be None or callable", type(given).__name__, advice))
         flat = self._project(query, key, value, position is not None)
         q, k, v = (x.unflatten(-1, (-1, self.config.head_dim)) for x in flat)
         if position is not None:

@@ -282,7 +282,8 @@ def _cudnn_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int, mas
 
 def _flash_attn_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int, masked: bool) -> str | None:
     if find_spec("flash_attn") is None:
-        return "the package flash-attn is not installed: pip install 'dilated-attention-nb[flash-attn]'"
+        how = "pip install --no-build-isolation 'dilated-attention-nb[flash-attn]'"  # its build imports PyTorch
+        return f"the package flash-attn is not installed: {how}"
     return _no_cuda("flash-attn", device) or _not_half("flash_attn", dtype, head_dim, masked, 256)
 
 

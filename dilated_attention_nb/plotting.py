@@ -295,7 +295,12 @@ def plot_reach(mask: Any, token: int, layers: int = 3, ax: Axes | None = None) -
 
 # %% ../nbs/02_plotting.ipynb #ae1a10e6
 @_styled
-def plot_schedule(rows: Iterable[tuple[int, int, str]], ax: Axes | None = None, title: str = "") -> Axes:
+def plot_schedule(
+    rows: Iterable[tuple[int, int, str]],
+    ax: Axes | None = None,
+    title: str = "",
+    colors: Mapping[str, str] | None = None,  # of labels; others take the palette's in turn, eight in all
+) -> Axes:
     """A timetable from rows `(rank, step, label)`: a line for each rank, a cell for each step, pale where it idles.
 
     Ranks and steps count from 0. Raises `ValueError` without rows.
@@ -304,13 +309,12 @@ def plot_schedule(rows: Iterable[tuple[int, int, str]], ax: Axes | None = None, 
     if not cells:
         raise ValueError(complaint("rows", "be (rank, step, label)", "none", "pass at least one"))
     ranks, steps = (1 + max(place[i] for place in cells) for i in (0, 1))
-    colors = {
-        label: PALETTE[i % len(PALETTE)] for i, label in enumerate(dict.fromkeys(cells[k] for k in sorted(cells)))
-    }
+    free = dict.fromkeys(cells[k] for k in sorted(cells) if cells[k] not in (colors or {}))
+    fill = {**(colors or {}), **{label: PALETTE[i % len(PALETTE)] for i, label in enumerate(free)}}
     ax = _new_axes(ax, min(6.0, 1.2 + 0.75 * steps), 0.8 + 0.36 * ranks)
     for rank, step in np.ndindex(ranks, steps):
         label = cells.get((int(rank), int(step)), "")
-        color = colors.get(label, PAPER)
+        color = fill.get(label, PAPER)
         ax.add_patch(Rectangle((step + 0.03, rank + 0.06), 0.94, 0.88, color=color, linewidth=0))
         ax.text(step + 0.5, rank + 0.52, label, color=_readable(color), ha="center", va="center", fontsize=8)
     ax.set(xlim=(0, steps), ylim=(ranks, 0), xlabel="step", ylabel="rank", title=title)
@@ -340,7 +344,7 @@ def caption(records: Iterable[Mapping[str, Any]]) -> str:
     if not values["date"]:
         raise ValueError(complaint("records", "have at least one measurement", "none", "run the benchmark first"))
     device, dtype, threads, date = (", ".join(values[key]) for key in ORIGIN)
-    return f"{device} · {dtype} · {threads} threads · {date}"
+    return f"{device} · {dtype} · {threads} thread{'' if threads == '1' else 's'} · {date}"
 
 
 def binary_length(value: float, _: Any = None) -> str:

@@ -9,6 +9,7 @@ __all__ = ['read_tensors', 'fill_exactly', 'save_pretrained', 'from_pretrained']
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import fields
 from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
@@ -115,7 +116,8 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
 def from_pretrained(folder: str | Path, kind: type[nn.Module] | None = None) -> Any:
     """The model that `save_pretrained` wrote, in eval mode. It must be a `kind`, as in `LongNet.from_pretrained`.
 
-    Raises `FileNotFoundError`, or `ValueError` for a file that is truncated, or a config or tensors that don't fit.
+    Raises `FileNotFoundError`, or `ValueError` for a file that is truncated, a config that lacks a field, or what
+    doesn't fit.
     """
     path = Path(folder) / _CONFIG
     try:
@@ -130,8 +132,14 @@ def from_pretrained(folder: str | Path, kind: type[nn.Module] | None = None) -> 
     if unknown := sorted(about.keys() - {"class", "config"}):
         raise ValueError(complaint(str(path), "have 'class' and 'config' alone", ", ".join(unknown), "is it ours?"))
     config, build = _MODELS[name]
+    values = about.get("config")
+    missing = [f.name for f in fields(config) if isinstance(values, dict) and f.name not in values]
+    if missing:
+        advice = "a default need not be what the model was made with: add that"
+        rule = f"have all fields of {config.__name__}"
+        raise ValueError(complaint(str(path), rule, "no " + ", ".join(missing), advice))
     try:
-        made = config.from_dict(about.get("config"))
+        made = config.from_dict(values)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
     with torch.device("meta"):
@@ -141,7 +149,8 @@ def from_pretrained(folder: str | Path, kind: type[nn.Module] | None = None) -> 
 
 def _longnet_from_pretrained(cls: type[_M], folder: str | Path) -> _M:
     "`from_pretrained(folder)`, which must hold a model of this class."
-    return from_pretrained(folder, cls)
+    model: _M = from_pretrained(folder, cls)
+    return model
 
 
 LongNet.save_pretrained = save_pretrained  # type: ignore[attr-defined]
@@ -151,7 +160,7 @@ LongNet.from_pretrained = classmethod(_longnet_from_pretrained)  # type: ignore[
 LongNetEncoder.from_pretrained = classmethod(_longnet_from_pretrained)  # type: ignore[attr-defined]
 
 # %% ../nbs/13c_pretrained.ipynb #7a4552f7
-def _slide_from_pretrained(cls: type[GigaPathSlideEncoder], path: str | Path, **values: Any) -> GigaPathSlideEncoder:
+def _slide_from_pretrained(cls: type[GigaPathSlideEncoder], /, path: str | Path, **values: Any) -> GigaPathSlideEncoder:
     """From `slide_encoder.pth` (its "model" entry), a safetensors file or what `save_pretrained` wrote; in eval mode.
 
     `values` are fields of `GigaPathConfig`, for files only. Raises `FileNotFoundError`, or `ValueError` if the tensors
@@ -161,7 +170,8 @@ def _slide_from_pretrained(cls: type[GigaPathSlideEncoder], path: str | Path, **
         if values:
             got = ", ".join(values)
             raise ValueError(complaint("values", "be left out for a folder", got, "it has a config.json of its own"))
-        return from_pretrained(path, cls)
+        model: GigaPathSlideEncoder = from_pretrained(path, cls)
+        return model
     with torch.device("meta"):
         model = cls(**values)
     tensors = read_tensors(path)
@@ -174,6 +184,7 @@ GigaPathSlideEncoder.from_pretrained = classmethod(_slide_from_pretrained)  # ty
 # %% ../nbs/13c_pretrained.ipynb #62126cf9
 def _longnet_from_torchscale(
     cls: type[LongNetEncoder],
+    /,
     state_dict: Mapping[str, Tensor],
     num_heads: int,
     segment_lengths: tuple[int, ...],

@@ -147,7 +147,8 @@ class RingLayer(nn.Module):
         backend, scale = resolve_backend("auto", q, masked), q.shape[3] ** -0.5
         workers = [self.make_schedule(*planned, scale, backend, **options) for planned in self._plans[call]]
         self._meters = [worker.meter for worker in workers]
-        out = Attention.apply(q, k, v, key_padding_mask, Apart(ring, workers, c.use_tf32, q.dtype))
+        apart = Apart(ring, workers, c.use_tf32, q.dtype)
+        out = Attention.apply(q, k, v, key_padding_mask, apart)  # type: ignore[no-untyped-call]
         self._saved = held(workers, q, k, v, key_padding_mask) if wanted else {"saved": 0, "received": 0}
         return dropout(out, c.dropout, self.training)
 
@@ -174,7 +175,9 @@ class RingLayer(nn.Module):
             [self.make_schedule(one, plan, scale, backend, **options) for plan in plans]
             for one, plans in zip(calls, self.make_plans(calls, ranks))
         ]
-        return Attention.apply(q, k, v, key_padding_mask, Together(workers, self.config.use_tf32))
+        together = Together(workers, self.config.use_tf32)
+        out: Tensor = Attention.apply(q, k, v, key_padding_mask, together)  # type: ignore[no-untyped-call]
+        return out
 
     def traffic(
         self, n: int, num_heads: int, head_dim: int, ring_size: int | None = None, batch: int = 1,

@@ -161,7 +161,8 @@ class Block(Parcel):
         "Numbers in a message: keys and values (and padding), or their gradients."
         width = task.head_dim * 2
         sizes = ((g.keys, g.columns * width + (task.masked and not gradient)) for g in self.parts(task))
-        return task.batch * sum(rows * numbers for rows, numbers in sizes)
+        total: int = task.batch * sum(rows * numbers for rows, numbers in sizes)
+        return total
 
     def parts(self, task: Task) -> list[Group]:
         "How a message is laid out: the lanes that have equally many rows stand together."

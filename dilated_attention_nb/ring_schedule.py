@@ -225,6 +225,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, runner: Any) -> Tensor:
+        out: Tensor  # a runner is of any kind that has the two methods
         with tf32(runner.use_tf32, q):
             out, lse, kept = runner.forward(q, k, v, mask)
         ctx.runner, ctx.parcels = runner, list(kept)

@@ -176,7 +176,9 @@ class MeanLoss(nn.Module):
     def forward(self, tokens: Int[Tensor, "b n"], targets: Int[Tensor, "b n"]) -> Float[Tensor, ""]:
         "The mean loss in nats, the same on all ranks. Its gradients are right once averaged over them."
         count = (targets != -100).sum().clamp(min=1)
-        return MeanOverRanks.apply(self.module(tokens, targets).sum() * ring_size(self.group) / count, self.group)
+        share = self.module(tokens, targets).sum() * ring_size(self.group) / count
+        mean: Tensor = MeanOverRanks.apply(share, self.group)  # type: ignore[no-untyped-call]
+        return mean
 
 # %% ../nbs/12c_sharded.ipynb #ce97bdf3
 def share_in_ring(model: LongNet, layout: str = "zigzag") -> nn.Module:
@@ -263,10 +265,12 @@ def join_processes(backend: str = "nccl") -> torch.device:  # as in DistributedC
     backend = group_backends(backend, cuda)
     if "WORLD_SIZE" in os.environ:
         store, rank, size = next(rendezvous("env://"))
-        store = dist.PrefixStore("attempt " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        attempt = "attempt " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        alone = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=alone, rank=0, world_size=1)
     if not cuda:
         return torch.device("cpu")
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

@@ -184,7 +184,8 @@ class Shard(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, ring: Ring, layout: str) -> Tensor:
         ctx.ring, ctx.place = ring, Placement(x.shape[1], ring.size, layout)
-        return ctx.place.take(x, ring.rank).clone()
+        kept: Tensor = ctx.place.take(x, ring.rank)
+        return kept.clone()
 
     @staticmethod
     @once_differentiable
@@ -198,7 +199,8 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, ring: Ring, layout: str) -> Tensor:
         ctx.rank, ctx.place = ring.rank, Placement(x.shape[1] * ring.size, ring.size, layout)
-        return ctx.place.join(ring.gather(x, "gather_sequence"))
+        whole: Tensor = ctx.place.join(ring.gather(x, "gather_sequence"))
+        return whole
 
     @staticmethod
     @once_differentiable
@@ -219,7 +221,8 @@ def shard_sequence(
     """
     ring = Ring(group, ring_size)
     check_split(x.shape[1], ring.size, check_choice("layout", layout, RING_LAYOUTS))
-    return Shard.apply(x, ring, layout)
+    kept: Tensor = Shard.apply(x, ring, layout)  # type: ignore[no-untyped-call]
+    return kept
 
 
 def gather_sequence(
@@ -235,7 +238,8 @@ def gather_sequence(
     """
     ring = Ring(group, ring_size)
     check_split(x.shape[1] * ring.size, ring.size, check_choice("layout", layout, RING_LAYOUTS))
-    return Gather.apply(x, ring, layout)
+    whole: Tensor = Gather.apply(x, ring, layout)  # type: ignore[no-untyped-call]
+    return whole
 
 # %% ../nbs/08b_sharding.ipynb #a276f901
 def sharding_worker(rank: int, world_size: int, x: Tensor, layout: str) -> dict[str, Tensor]:

@@ -8,8 +8,9 @@ __all__ = ['SKIPPED', 'SEPARATOR', 'VOCAB', 'STAGES', 'MODULE', 'DEFAULTS', 'tex
            'training_batch', 'learning_rate', 'NgramEmbedding', 'make_model', 'make_optimizers', 'train_step',
            'autocast', 'fast_dtype', 'write_file', 'state_tensors', 'save_checkpoint', 'load_checkpoint',
            'bits_per_byte', 'compressed_bits_per_byte', 'with_branches', 'forward_seconds', 'sample_tokens',
-           'noted_signals', 'train', 'read_metrics', 'origin', 'context_lengths', 'finish', 'load_run', 'table',
-           'parse', 'new_folder', 'calibrated_seconds', 'choose_device', 'start_run', 'resume_run', 'demo']
+           'noted_signals', 'train', 'read_metrics', 'sequence_worker', 'origin', 'context_lengths', 'finish',
+           'load_run', 'table', 'parse', 'new_folder', 'calibrated_seconds', 'choose_device', 'start_run', 'resume_run',
+           'demo']
 
 # %% ../nbs/15_training.ipynb #c17f4f5f
 import argparse
@@ -496,6 +497,15 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     except ValueError as error:
         advice = "start a new run or bring the file back"
         raise ValueError(complaint("metrics", "be lines of JSON", f"{path}: {error}", advice)) from error
+
+# %% ../nbs/15_training.ipynb #c9f3edf1
+def sequence_worker(
+    rank: int, world_size: int, config: TrainingConfig, tokens: Int[Tensor, " n"], steps: int
+) -> list[float]:  # bits per token
+    "For `spawn_gloo`: the losses of the first steps, with each sequence cut over the ranks."
+    model = make_model(config)
+    optimizers, learner = make_optimizers(model, config), Team().learner(model)
+    return [train_step(learner, optimizers, config, tokens, step) for step in range(steps)]
 
 # %% ../nbs/15_training.ipynb #ab248038
 def origin(config: TrainingConfig) -> dict[str, Any]:

@@ -215,7 +215,7 @@ def section(page: Page) -> str:
     if page.source.parts[0] == "reference":
         return "API reference"
     if page.source.parent == Path("nbs"):
-        return "Results" if 17 <= number < 999 else "Tutorial"
+        return "Results" if number in (17, 18) else "Tutorial"
     return "Results" if page.source.stem in RESULTS else "Guides" if page.source.parent != Path(".") else ""
 
 

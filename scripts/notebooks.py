@@ -2,12 +2,13 @@
 
     python scripts/notebooks.py                        all notebooks
     python scripts/notebooks.py nbs/00_config.ipynb    some of them
-    python scripts/notebooks.py --check                execute, compare with what is stored, write nothing
+    python scripts/notebooks.py --check                execute, name what differs from what is stored, write nothing
 
 Every notebook runs in a fresh kernel, in its own folder, with fixed hash and figure settings. What would change from
 run to run is removed (execution counts, timings, kernel versions, PNG comments, `at 0x7f..` in object names) or, where
 removing it would falsify the output, refused (stray addresses, paths of this machine, stderr, widgets): the notebook is
-then left as it was. Cells marked `#| eval: false` keep the outputs that they have.
+then left as it was. Cells marked `#| eval: false` keep the outputs that they have. So do cells whose new outputs agree
+with the stored ones (`outputs.py` says what that means), so that another machine's rounding changes no file.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from execnb.nbio import dict2nb, nb2str
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbdev.clean import clean_nb
+from outputs import differences, environment, marker, text
 
 ROOT = Path(__file__).resolve().parent.parent
 SKIP_TAG = "keep-outputs"
@@ -54,10 +56,6 @@ def plain_png(data: str) -> str:
             out.append(raw[at : at + size])
         at += size
     return base64.b64encode(b"".join(out)).decode()
-
-
-def text(value: str | list[str]) -> str:
-    return value if isinstance(value, str) else "".join(value)
 
 
 def settle(outputs: list[dict]) -> list[dict]:
@@ -112,19 +110,11 @@ def clean(nb: dict) -> str:
     return nb2str(nb)
 
 
-def kernel_env() -> dict[str, str]:
-    "Settings that make two runs alike; what the caller has set (thread counts) stays."
-    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
-    fixed = dict(PYTHONPATH=path, PYTHONHASHSEED="0", JUPYTER_PREFER_ENV_PATH="1", PYDEVD_DISABLE_FILE_VALIDATION="1",
-                 MPLBACKEND="module://matplotlib_inline.backend_inline", COLUMNS="120", NO_COLOR="1")  # fmt: skip
-    # sums in another order differ in their last digits: one thread stores the same on every machine
-    return {"OMP_NUM_THREADS": "1", **os.environ, **fixed}
-
-
-def execute(path: Path, timeout: int) -> tuple[str, list[str]]:
-    "Run the notebook at `path`; returns the text to store and the complaints about it."
+def execute(path: Path, timeout: int) -> tuple[str, list[str], list[str]]:
+    "Run the notebook at `path`: the text to store, the complaints about it, what differs from what is stored."
     nb = nbformat.read(path, as_version=4)
     code = [cell for cell in nb.cells if cell.cell_type == "code"]
+    before = [cell.outputs for cell in code]
     for cell in code:
         if EVAL_FALSE.search(cell.source):
             cell.metadata["tags"] = [SKIP_TAG]
@@ -139,12 +129,21 @@ def execute(path: Path, timeout: int) -> tuple[str, list[str]]:
         skip_cells_with_tag=SKIP_TAG,
         resources={"metadata": {"path": str(path.parent)}},
     )
-    client.execute(env=kernel_env())
+    client.execute(env=environment())
     for cell in code:
         cell.outputs = [nbformat.from_dict(out) for out in settle(cell.outputs)]
-    stored = clean(nb)  # judged as it will stand there: `<f at 0x..>` is `<f>` by now
-    cells = enumerate(nbformat.reads(stored, as_version=4).cells, 1)
-    return stored, [f"cell {number} ({cell.id}): {why}" for number, cell in cells for why in complaints(cell)]
+    cleaned = nbformat.reads(clean(nb), as_version=4).cells  # judged as it will stand there: `<f at 0x..>` is `<f>`
+    stored, bad, differ = iter(before), [], []
+    for number, (cell, new) in enumerate(zip(nb.cells, cleaned), 1):
+        if cell.cell_type != "code":
+            continue
+        where, outputs = f"cell {number} ({new.id}): ", next(stored)
+        bad += [where + why for why in complaints(new)]
+        found = differences({"source": new.source, "outputs": outputs}, new.outputs)
+        differ += [where + why for why in found]
+        if not found and marker(new.source) is None:
+            cell.outputs = [nbformat.from_dict(out) for out in settle(outputs)]
+    return clean(nb), bad, differ
 
 
 def main() -> int:
@@ -163,7 +162,7 @@ def main() -> int:
         name = os.path.relpath(path, ROOT)
         start = time.time()
         try:
-            new, found = execute(path, args.timeout)
+            new, found, differ = execute(path, args.timeout)
         except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
             print(f"{name}: FAILED\n{error}", file=sys.stderr)
             failed += 1
@@ -172,7 +171,7 @@ def main() -> int:
             print(f"{name}: REFUSED, outputs would not be the same again:\n  " + "\n  ".join(found), file=sys.stderr)
             failed += 1
             continue
-        differs = path.read_text(encoding="utf-8") != new
+        differs = bool(differ) if args.check else path.read_text(encoding="utf-8") != new
         changed += differs
         if differs and not args.check:
             part = path.with_suffix(".ipynb.part")  # complete or absent: an interruption leaves the old notebook
@@ -180,6 +179,8 @@ def main() -> int:
             os.replace(part, path)
         word = ("differs" if args.check else "stored") if differs else "unchanged"
         print(f"{name}: {word} ({time.time() - start:.0f} s, {len(new) / 1000:.0f} KB)")
+        if differ:
+            print("  " + "\n  ".join(differ))
     print(f"{len(paths)} notebooks: {len(paths) - failed - changed} unchanged, {changed} "
           f"{'differ' if args.check else 'stored'}, {failed} failed")  # fmt: skip
     return 1 if failed or (args.check and changed) else 0

@@ -1,10 +1,12 @@
-"""Run every notebook as a test, as `nbdev_test` does, each in a process of its own with a time limit.
+"""Run every notebook as a test, as `nbdev_test` does, each in a process of its own with a time limit, and compare what
+its cells show with what they store (`outputs.py`).
 
     python scripts/run_notebooks_tests.py                        all notebooks
     python scripts/run_notebooks_tests.py nbs/05_partial.ipynb   some of them
 
 `nbdev_test` shares worker processes between notebooks, waits for ever and is content with no notebook at all. Here no
-state leaks from one to the next, a hanging cell ends, and the number that ran must be the number that is there.
+state leaks from one to the next, a hanging cell ends, and the number that ran must be the number that is there. Cells
+that are skipped (`#| notest`, `#| eval: false`) are compared by `notebooks.py --check` alone, or not at all.
 """
 
 from __future__ import annotations
@@ -19,42 +21,71 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from outputs import differences, environment, misused
+
 ROOT = Path(__file__).resolve().parent.parent
 MARK, RESULT = "running the cell ", "notebook result: "
 
 
 def run_here(path: Path) -> int:
     "Run one notebook with nbdev in this process; a line beginning with RESULT says how many cells ran."
-    from execnb.nbio import read_nb
-    from execnb.shell import CaptureShell
+    import execnb.shell
+    import nbdev.test
+    from fastcore.basics import AttrDict
+    from IPython.core.interactiveshell import InteractiveShell
+    from IPython.utils.capture import capture_output
     from nbdev.config import get_config
-    from nbdev.test import test_nb
 
-    ran = 0
-    cell = CaptureShell.cell
+    stored = {c["id"]: (i, c) for i, c in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"], 1)}
+    code = {key: (i, c) for key, (i, c) in stored.items() if c["cell_type"] == "code"}
+    ran, wrong = 0, [f"cell {i} ({key}): {why}" for key, (i, c) in code.items() if (why := misused(c))]
 
-    def counted(self, c, *args, **kwargs):
-        nonlocal ran
-        ran += c.cell_type == "code" and bool(c.source.strip())
-        os.write(2, f"{MARK}{c.source[:200]!r}\n".encode())  # past the shell, which captures sys.stderr
-        return cell(self, c, *args, **kwargs)
+    # as in Jupyter, MPLBACKEND names the backend, which is loaded with the first figure and then looks for the shell
+    execnb.shell.set_matplotlib_formats = None
+    sys.modules.pop("matplotlib_inline.backend_inline", None)
 
-    CaptureShell.cell = counted
+    class Shell(execnb.shell.CaptureShell):
+        "nbdev's shell, showing what Jupyter shows: what is printed in a cell that ends with `;`, too."
+
+        def __init__(self, path):
+            super().__init__(path)
+            self.displayhook.compute_format_data = lambda result: ({}, {})  # done once, for the output that is kept
+
+        def _run(self, raw_cell, store_history=False, silent=False, shell_futures=True, cell_id=None, **_):
+            quiet = raw_cell.rstrip().endswith(";")
+            self.displayhook.quiet = lambda: quiet
+            with capture_output() as c:
+                result = InteractiveShell.run_cell(
+                    self, raw_cell, store_history, silent, shell_futures=shell_futures, cell_id=cell_id
+                )
+            return AttrDict(result=result, stdout=c.stdout, stderr=c.stderr, display_objects=c.outputs,
+                            exception=result.error_in_exec or result.error_before_exec, quiet=quiet)  # fmt: skip
+
+        def cell(self, c, *args, **kwargs):
+            nonlocal ran
+            os.write(2, f"{MARK}{c.source[:200]!r}\n".encode())  # past the shell, which captures sys.stderr
+            c.outputs = []
+            super().cell(c, *args, **kwargs)
+            if c.cell_type == "code" and c.source.strip():
+                ran += 1
+                i, before = code[c.id]
+                if not self.exc and not misused(before):
+                    wrong.extend(f"cell {i} ({c.id}): {why}" for why in differences(before, c.outputs))
+
+    nbdev.test.CaptureShell = Shell
     config = get_config()
-    passed, _ = test_nb(path, skip_flags=config.tst_flags.split(), basepath=config.config_path)
-    there = sum(c.cell_type == "code" for c in read_nb(path).cells)
-    print(f"\n{RESULT}" + json.dumps({"passed": bool(passed), "ran": ran, "there": there}), flush=True)
+    passed, _ = nbdev.test.test_nb(path, skip_flags=config.tst_flags.split(), basepath=config.config_path)
+    result = {"passed": bool(passed), "ran": ran, "there": len(code), "differences": wrong}
+    print(f"\n{RESULT}" + json.dumps(result), flush=True)
     return 0
 
 
-def run(path: Path, timeout: int, threads: int) -> tuple[bool, str]:
+def run(path: Path, timeout: int) -> tuple[bool, str]:
     "Run one notebook in a fresh process; whether it passed, and a line about it."
-    env = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
-    env.setdefault("OMP_NUM_THREADS", str(threads))
     command = [sys.executable, __file__, "--here", str(path)]
+    pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     start = time.time()
-    with subprocess.Popen(command, cwd=ROOT, env=env, text=True, start_new_session=True, stdin=subprocess.DEVNULL,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:  # fmt: skip
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, start_new_session=True, **pipes) as process:
         try:
             output, _ = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
@@ -72,6 +103,8 @@ def run(path: Path, timeout: int, threads: int) -> tuple[bool, str]:
         return False, f"FAILED after {counts}\n{output[-5000:]}"
     if result["ran"] == 0:
         return False, "FAILED: no cell ran (`skip_exec`, or every cell skipped)"
+    if result["differences"]:
+        return False, "\n  ".join([f"FAILED: {counts}, not all of which show what is stored", *result["differences"]])
     return True, f"passed, {counts}"
 
 
@@ -91,10 +124,9 @@ def main() -> int:
     paths = [p.resolve() for p in args.notebooks] or find()
     if args.here:
         return run_here(paths[0])
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
     passed = ran = 0
     with ThreadPoolExecutor(args.jobs) as pool:
-        futures = [pool.submit(run, path, args.timeout, threads) for path in paths]
+        futures = [pool.submit(run, path, args.timeout) for path in paths]
         for path, future in zip(paths, futures):
             good, line = future.result()
             passed, ran = passed + good, ran + 1

@@ -528,6 +528,18 @@ def test_no_silent_forward_mode_derivative():
     assert run(lambda q: module(q, k, v))[1].abs().max() > 0
 
 
+def test_second_derivatives_are_refused_where_there_are_none():
+    q, k, v = make_qkv(1, 16, 2, 8, requires_grad=True, dtype=torch.float64)
+    given = dict(segment_lengths=(8,), dilation_rates=(2,))
+    (dq,) = torch.autograd.grad(dilated_attention(q, k, v, **given).square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"no second derivative; use DilatedAttention\(config, 'math'\)"):
+        dq.sum().backward()
+    plain = DilatedAttention(DilatedAttentionConfig(**given), "math")
+    (other,) = torch.autograd.grad(plain(q, k, v).square().sum(), q, create_graph=True)
+    other.sum().backward()
+    assert torch.allclose(dq, other) and q.grad.isfinite().all()
+
+
 def test_second_derivative_at_ties():
     "Two equal halves, merged, have the derivatives of the whole."
     q, k, v = make_qkv(1, 4, 1, 8, dtype=torch.float64)

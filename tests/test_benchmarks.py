@@ -1,6 +1,11 @@
 """The harness of the benchmarks: what it counts, relates and refuses."""
 
+import ast
+import importlib.util
 import json
+import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +14,12 @@ from hypothesis import given
 
 from dilated_attention_nb import benchmarks
 from dilated_attention_nb.benchmarks import (
+    LABELS,
+    LONG,
     LONGEST,
+    NOTES,
+    WINDOW,
+    WORSE,
     Limits,
     Work,
     attention_work,
@@ -23,10 +33,12 @@ from dilated_attention_nb.benchmarks import (
     read_results,
     regressions,
     run_sections,
+    seconds_of,
     to_diagonal,
     torchscale_attention,
 )
 from dilated_attention_nb.testing import attention_cases, make_qkv, oracle_attention, oracle_counts
+from dilated_attention_nb.training import stage_of
 
 
 @drawn(100)
@@ -74,6 +86,59 @@ def test_runs_take_turns_and_ratios_are_paired():
     assert ratio(seconds, "a", "b") == 2.0
     pace = iter([7.0])
     assert in_turn({"a": runs["a"]}, 0, clock=lambda: now[0]) == {"a": [14.0]}
+
+
+@pytest.mark.parametrize(("repeats", "rounds"), [(2, 5), (0, 1)])
+def test_cuda_is_timed_between_events_that_are_waited_for(repeats, rounds, monkeypatch):
+    "With a stand-in for the device: its clock runs only when it works, and it works only when somebody waits."
+    log, queue, now = [], [], [0.0]
+
+    def drain():
+        while queue:
+            queue.pop(0)()
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+            self.at = None
+
+        def record(self):
+            log.append("record")
+            queue.append(lambda: setattr(self, "at", now[0]))
+
+        def synchronize(self):
+            log.append("wait")
+            drain()
+
+        def elapsed_time(self, end):
+            return end.at - self.at  # milliseconds; a TypeError if one of them was not waited for
+
+    class Device:
+        def __init__(self, name):
+            log.append(name)
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *_):
+            log.append("left")
+
+    def launch(ms):
+        log.append("run")
+        queue.append(lambda: now.__setitem__(0, now[0] + ms))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: (log.append("synchronize"), drain()))
+    launch(1e6)  # work of somebody before, still under way
+    log.clear()
+    assert seconds_of(lambda: launch(3.0), "cuda:1") == pytest.approx(3e-3)
+    assert log == ["cuda:1", "synchronize", "record", "run", "record", "wait", "left"]
+    slow = iter([50.0, 40.0, 30.0, 5.0, 7.0])  # kernels are compiled first
+    log.clear()
+    seconds = in_turn({"a": lambda: launch(next(slow)), "b": lambda: launch(1.0)}, repeats, device="cuda")
+    assert log.count("run") == 2 * rounds and list(seconds) == ["a", "b"]
+    assert seconds["a"] == pytest.approx([5e-3, 7e-3] if repeats else [50e-3])
 
 
 def test_limits_bound_by_arithmetic_or_by_memory():
@@ -140,10 +205,115 @@ def test_sections_are_stored_one_by_one_and_checked(tmp_path, capsys):
     assert "no section a to compare with" in capsys.readouterr().err
 
 
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = sorted((ROOT / "benchmarks").glob("*.json"))
+SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
+APART = {  # what they store is looked at, not compared: events, single runs of training, seconds and bytes of a model
+    ("ring", "trace"), ("block_sparse_ring", "trace"), ("comparison", "quality"), ("distributed", "time"),
+    ("distributed", "bytes"),
+}  # fmt: skip
+STORED = [(p.stem, name) for p in RESULTS if p.with_suffix(".py") in SCRIPTS for name in read_results(p)]
+
+
+def later(key, value):
+    "A field as another day might measure it: compared figures a fifth worse, times anything, the rest as it was."
+    if key in WORSE:
+        return value * (1 + 0.2 * WORSE[key])
+    if key in NOTES or key not in LABELS and isinstance(value, (float, list)):
+        return "2001-01-01" if key == "date" else None
+    return value
+
+
+@pytest.mark.parametrize(("file", "name"), [x for x in STORED if x not in APART])
+def test_every_stored_section_can_be_compared(file, name):
+    "With itself: nothing is worse. With every figure a fifth worse: each is named."
+    section = read_results(ROOT / "benchmarks" / f"{file}.json")[name]
+    assert not list(regressions(name, section, section))
+    worse = [{k: later(k, v) for k, v in row.items()} for row in section["rows"]]
+    found = list(regressions(name, section, section | {"rows": worse}))
+    figures = sum(k in WORSE and v != 0 for row in worse for k, v in row.items())
+    assert len(found) == figures > 0
+    labels = [label(row) for row in section["rows"]]
+    assert len(set(labels)) == len(labels), "two rows say the same of what they measured"
+
+
+def test_a_section_without_rows_is_said_to_be_left_out(tmp_path, capsys):
+    file = tmp_path / "r.json"
+    file.write_text(json.dumps({"trace": ORIGIN | {"events": []}}))
+    assert run_sections("About.", file, {"trace": lambda: 1 / 0}, ["--check"]) == 0
+    assert "trace has no rows of figures, so nothing is compared" in capsys.readouterr().out
+
+
+def script(path: Path):
+    "A file of benchmarks/ as a module; importing it measures nothing."
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent))
+    threads, variables = torch.get_num_threads(), dict(os.environ)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        os.environ.clear()
+        os.environ.update(variables)
+        sys.path.remove(str(path.parent))
+        torch.set_num_threads(threads)
+    return module
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
+def test_scripts_have_no_harness_of_their_own(path):
+    "Sections by the names that are stored; times, options and files are `benchmarks`' business."
+    tree = ast.parse(path.read_text())
+    called = {ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
+    assert "run_sections" in called and not called & {"json.dumps", "RESULTS.write_text"}
+    module, stored = script(path), read_results(path.with_suffix(".json"))
+    assert stored.keys() <= getattr(module, "SECTIONS", {"phase_1_1": None}).keys()
+
+
+STEPS = [(0.5, 1.0, 4.0), (0.3, 0.7, 5.0), (0.01, 0.01, 7.3), (2.0, 6.0, 31.0)]
+
+
+@pytest.mark.parametrize("real", STEPS)
+@pytest.mark.parametrize("wrong", [1.0, 0.6, 1.7])
+def test_equal_budgets_are_equal(real, wrong):
+    "However wrong the first estimate of a step is, training ends within the budget, less than a step before its end."
+    comparison, now, seen = script(ROOT / "benchmarks/comparison.py"), [5.0], []
+    lengths = {128: real[0], 256: real[1], 1024: real[2]}
+
+    def take(plan, step):
+        length, index = stage_of(plan, step)
+        seen.append((length, index, step))
+        now[0] += lengths[length]
+
+    count, taken = comparison.train_for(120.0, [wrong * s for s in real], take, lambda: now[0], 1024)
+    assert [step for *_, step in seen] == list(range(count)) and taken == pytest.approx(now[0] - 5.0)
+    order = [length for length, *_ in seen]
+    assert order == sorted(order)
+    allowed = max(0.0, wrong - 1, 1 / wrong - 1) * max(real)  # a first step of a stage, judged by the estimate
+    assert 120.0 - max(real) - allowed < taken <= 120.0 + allowed + 1e-6
+    for length in set(order):  # no window of the text twice or left out
+        assert [i for n, i, _ in seen if n == length] == list(range(order.count(length)))
+
+
+def test_long_lengths_leave_out_what_they_say(monkeypatch):
+    comparison = script(ROOT / "benchmarks/comparison.py")
+    monkeypatch.setattr(
+        comparison, "LONG", {"dense": (256, "too slow"), "improved": (1024, ""), WINDOW: (512, "large")}
+    )
+    rows = list(comparison.timed_long((256, 512), "forward"))
+    assert [(r["n"], r["method"], "ms" in r, r.get("left_out")) for r in rows] == [
+        (256, "dense", True, None), (256, "improved", True, None), (256, WINDOW, True, None),
+        (512, "dense", False, "too slow"), (512, "improved", True, None), (512, WINDOW, True, None),
+    ]  # fmt: skip
+    assert [r["ratio"] for r in rows if r["method"] == "improved"] == [1.0, 1.0]
+    (row,) = [r for r in comparison.timed_long((256,), "forward+backward") if "ms" in r]
+    assert row["method"] == "improved" and label(rows[3]) == "n 512, what forward, method dense"
+
+
 def test_labels_and_methods():
     assert label({"n": 8, "rho": 0.1, "ratio": 1.0, "ms": 2.0, "dtype": "float32"}) == "n 8, rho 0.1, dtype float32"
     q, k, v = make_qkv(1, 256, 2, 8)
-    for name in set(LONGEST) - {"flex"}:
+    for name in {*LONGEST, *LONG} - {"flex"}:
         assert method(name, 256, 2, True)(q, k, v).shape == q.shape
     with pytest.raises(ValueError, match="name must be one of dense"):
         method("sparse", 256, 2, True)

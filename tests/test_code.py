@@ -19,7 +19,8 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "dilated_attention_nb"
-TREES = {p.stem: ast.parse(p.read_text(encoding="utf-8")) for p in sorted(PACKAGE.glob("[!_]*.py"))}
+MODULES = [*sorted(PACKAGE.glob("[!_]*.py")), PACKAGE / "__main__.py"]
+TREES = {p.stem: ast.parse(p.read_text(encoding="utf-8")) for p in MODULES}
 SETTINGS = ConfigParser(delimiters=["="])
 SETTINGS.read(ROOT / "settings.ini", encoding="utf-8")
 METADATA = SETTINGS["DEFAULT"]

@@ -357,15 +357,70 @@ def test_a_cache_belongs_to_its_config_and_survives_no_interruption():
         model(tokens(), cache=LongNetCache(longnet_tiny(), 2))
     with pytest.raises(ValueError, match="no gradient"):
         model(tokens(), cache=LongNetCache(model.config, 2, dtype=torch.float64))
-    cache = LongNetCache(model.config, 2, dtype=torch.float64)
-    cache.layers[0].length = 3
-    with pytest.raises(RuntimeError, match="interrupted"):
-        decoded(model, cache, tokens(), [110])
+    for position in POSITIONS:
+        model = make(position=position)
+        cache = LongNetCache(model.config, 2, dtype=torch.float64)
+        cache.layers[0].length = 3
+        with pytest.raises(RuntimeError, match="interrupted"):
+            decoded(model, cache, tokens(), [110])
     with pytest.raises(ValueError, match="need_weights must be False with a cache"):
         layer = model.decoder.layers[0].self_attn
         x = torch.randn(2, 3, 64, dtype=torch.float64)
         with torch.no_grad():
             layer(x, is_causal=True, need_weights=True, cache=LongNetCache(model.config, 2, dtype=x.dtype).layers[0])
+
+
+def no_caches(config):
+    "By what the message must say: things that are no cache of two rows of a model of this config."
+    place = dict(dtype=torch.float64)
+    one = LongNetCache(config, 1, **place)
+    return {
+        "be a LongNetCache.*got str": "cache", "got dict": {}, "got Tensor": torch.zeros(2), "got LongNet;": make(),
+        "got KVCache": KVCache(200, 4, 16, 2, **place), "got list": [LongNetCache(config, 2, **place)],
+        "got DilatedKVCache": LongNetCache(config, 2, **place).layers[0], "got type": LongNetCache,
+        "this model's config, got one with num_heads=2, ": LongNetCache(longnet_tiny(num_heads=2), 2, **place),
+        "a batch of 2, got 1;": one, "a batch of 2, got 3;": JoinedCache([one, LongNetCache(config, 2, **place)]),
+        r"\[2, n, 4, 16\] in torch.float32.*in torch.float64": LongNetCache(config, 2, dtype=torch.float32),
+        "on the tokens' device cpu, got meta": LongNetCache(config, 2, device="meta", **place),
+        "at most 100 tokens, got 110": LongNetCache(config, 2, 100, **place),
+    }  # fmt: skip
+
+
+def test_what_is_no_cache_for_this_call_is_refused():
+    model, given = make(), tokens()
+    encoder = LongNetEncoder(model.config).double().eval()
+    for call in (model, model.hidden, lambda x, cache: encoder(x, is_causal=True, cache=cache)):
+        for message, wrong in no_caches(model.config).items():
+            with torch.no_grad(), pytest.raises((TypeError, ValueError), match=message) as error:
+                call(given, cache=wrong)
+            assert all(word in str(error.value) for word in ("cache", "got ", "make"))
+    attention = model.decoder.layers[0].self_attn
+    for name in ("cache", "position"):
+        with pytest.raises(TypeError, match=f"{name} must be None or callable, got str"):
+            attention(torch.zeros(2, 3, 64, dtype=torch.float64), is_causal=True, **{name: "x"})
+
+
+def test_a_call_that_was_refused_changes_nothing():
+    model, given = make(), tokens()
+    model.embed_tokens = NgramEmbedding(SEPARATOR + 1, 64, (2, 4), 512).double()
+    cache = LongNetCache(model.config, 2, 60, dtype=torch.float64)
+    parts = [decoded(model, cache, given[:, :50], [30, 20])]
+    for wrong in (given[:, :11], given[:1], given[:, :5] + 500):
+        with torch.no_grad(), pytest.raises(ValueError):
+            model(wrong, cache=cache)
+    parts.append(decoded(model, cache, given[:, 50:60], [4, 6]))
+    assert torch.allclose(torch.cat(parts, 1), model(given[:, :60]), atol=1e-12)
+
+
+def test_generating_leaves_each_part_in_its_mode():
+    model = make(dropout=0.3).train()
+    model.decoder.layers[0].eval()  # frozen, say
+    before = {name: module.training for name, module in model.named_modules()}
+    written = model.generate(tokens(), 5, temperature=0)
+    assert {name: module.training for name, module in model.named_modules()} == before
+    model.decoder.training = False  # alone: the layers inside still train
+    assert torch.equal(model.generate(tokens(), 5, temperature=0), written)
+    assert torch.equal(model.eval().generate(tokens(), 5, temperature=0), written)
 
 
 def test_a_causal_encoder_takes_a_cache():

@@ -543,6 +543,52 @@ class Bomb:
         return open, (self.path, "w")
 
 
+def loading_worker(rank, world, folder):
+    torch.manual_seed(0)
+    part = DistributedLongNet(LongNet(TINY), DistributedConfig())
+    return Checkpoints(folder).load(part, torch.optim.AdamW(part.parameters()))[0]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    spawn_gloo(frozen_worker, 1, str(tmp_path))
+    path = tmp_path / "step-00000001" / "about.json"
+    about = json.loads(path.read_text())
+    about["config"]["num_layers"] = 3
+    path.write_text(json.dumps(about))
+    with pytest.raises(RuntimeError, match="checkpoint must be of this model"):
+        spawn_gloo(loading_worker, 1, str(tmp_path))
+
+
+def settling_worker(rank, world, folder):
+    "A checkpoint is whole as soon as it is written: nobody saves again or waits."
+    torch.manual_seed(0)
+    part = DistributedLongNet(LongNet(TINY), DistributedConfig())
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(part, torch.optim.AdamW(part.parameters()), 1)
+    early, deadline = [p.name for p in Path(folder).glob("step-*")], time.monotonic() + 30
+    while checkpoints.pending and time.monotonic() < deadline:
+        time.sleep(0.01)
+        checkpoints.settle()
+    return early, [p.name for p in checkpoints.whole()]
+
+
+def test_a_written_checkpoint_gets_its_name_at_once(tmp_path):
+    found = spawn_gloo(settling_worker, 1, str(tmp_path))
+    assert found == [(["step-00000001.part"], ["step-00000001"])]
+
+
+def shared_batch_worker(rank, world, folder):
+    torch.manual_seed(0)
+    part = DistributedLongNet(LongNet(TINY), DistributedConfig())
+    train_elastic(part, torch.arange(500).short(), Path(folder), 1, 64, 3)
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(tmp_path):
+    with pytest.raises(RuntimeError, match="rows must be a multiple of 2, the ranks that share a batch, got 3"):
+        spawn_gloo(shared_batch_worker, 2, str(tmp_path))
+
+
 # ---------------------------------------------------------------- commands
 
 SMALL = "--steps 30 --checkpoint-every 5 --context 128 --rows 2 --width 32 --segments 32 128 --rates 1 2".split()

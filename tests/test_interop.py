@@ -224,6 +224,8 @@ def test_rollout_is_the_product_of_the_matrices(pooled):
     assert got.shape == (2, 60) and not got.requires_grad and all(p.grad is None for p in model.parameters())
     with torch.inference_mode():
         assert torch.allclose(attention_rollout(model, x, coords), got, atol=1e-6)
+    model.train()  # dropout stays out of it
+    assert torch.allclose(attention_rollout(model, x, coords), got, atol=1e-6) and model.encoder.training
 
 
 def test_strided_tiles_and_integer_coordinates():
@@ -337,7 +339,7 @@ BAD_ARGUMENTS = [
 
 @pytest.mark.parametrize("change", BAD_ARGUMENTS)
 def test_bad_arguments_are_named(change):
-    name = next(iter(change)).removesuffix("_rate")
+    name = next(iter(change))
     with pytest.raises((ValueError, TypeError), match="embed_dim" if name in ("num_heads", "embed_dim") else name):
         GigaPathSlideEncoder(**SMALL | change)
 
@@ -458,6 +460,9 @@ def test_configs_that_do_not_fit_are_explained(tmp_path):
         "num_layers must be an integer": about | {"config": about["config"] | {"num_layers": "2"}},
         "be a dict": {"class": "LongNet"},
     }
+    for field in about["config"]:  # a default need not be what the model was made with
+        rest = {name: value for name, value in about["config"].items() if name != field}
+        wrong[f"must have all fields of LongNetConfig, got no {field};"] = about | {"config": rest}
     for message, content in wrong.items():
         config.write_text(json.dumps(content))
         with pytest.raises(ValueError, match=message):
@@ -570,6 +575,17 @@ def test_dilation_takes_effect_in_eval_too():
         assert torch.equal(twin(other)[:, :6], twin(x)[:, :6])
 
 
+def test_a_layer_in_several_places_stays_one():
+    layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True)
+    shared = nn.MultiheadAttention(32, 4, batch_first=True)
+    model = nn.ModuleDict({"layers": nn.ModuleList([layer, layer]), "a": shared, "b": shared})
+    count = len(list(model.parameters()))
+    replace_attention(model, FULL)
+    assert isinstance(model["a"], DilatedMHA) and model["a"] is model["b"]
+    assert isinstance(model["layers"][1].self_attn, DilatedMHA) and model["layers"][0] is model["layers"][1]
+    assert len(list(model.parameters())) == count
+
+
 def test_an_optimizer_made_before_still_trains_it():
     model = stack()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -661,6 +677,8 @@ def test_what_cannot_be_replaced_is_refused(make, message):
         (dict(query=None), ValueError, "query must be a tensor"), (dict(key=[1]), ValueError, "key must be a tensor"),
         (dict(query=torch.zeros(2, 24, 16)), ValueError, "query must be a tensor"),
         (dict(value=torch.zeros(2, 24, 16)), ValueError, "value must be a tensor"),
+        (dict(key=torch.zeros(24, 32)), ValueError, "key must have query's 3 dimensions"),
+        (dict(query=torch.zeros(2, 24, 32).long()), TypeError, "query must be a floating-point tensor"),
         (dict(query=torch.zeros(32)), ValueError, "query must be"), (dict(is_causal=1), TypeError, "is_causal"),
         (dict(query=torch.zeros(1, 2, 24, 32)), ValueError, "query must be"),
         (dict(query=torch.zeros(2, 24, 32).double()), TypeError, "module's dtype"),

@@ -531,6 +531,13 @@ def test_counts_are_those_of_the_model(values):
 # ---------------------------------------------------------------- what it refuses
 
 T = tokens(2, 10)
+
+
+def twice(fn, x):
+    (dx,) = torch.autograd.grad(fn(x.requires_grad_()).sum(), x, create_graph=True)
+    dx.sum().backward()
+
+
 BAD = {
     "no layers": (ValueError, "num_layers", lambda: longnet_tiny(num_layers=0)),
     "layers a float": (TypeError, "num_layers", lambda: longnet_tiny(num_layers=2.0)),
@@ -607,6 +614,26 @@ BAD = {
         ValueError,
         "targets must have x's shape without the last dimension",
         lambda: token_losses(torch.zeros(2, 10, 8), torch.zeros(256, 8), T[:, :5]),
+    ),
+    "losses of floats": (
+        TypeError,
+        "targets must be int64",
+        lambda: token_losses(torch.zeros(2, 10, 8), torch.zeros(256, 8), torch.zeros(2, 10)),
+    ),
+    "losses of another width": (
+        ValueError,
+        "weight must have a row of x's width",
+        lambda: token_losses(torch.zeros(2, 10, 8), torch.zeros(256, 9), torch.zeros(2, 10).long()),
+    ),
+    "second derivative of losses": (
+        NotImplementedError,
+        "token_losses has no second derivative",
+        lambda: twice(lambda x: token_losses(x, torch.ones(256, 8), torch.zeros(10).long()), torch.ones(10, 8)),
+    ),
+    "no embeddings": (
+        ValueError,
+        "none of them 0",
+        lambda: make(LongNetEncoder, vocab_size=None, position="rope")(torch.zeros(1, 0, 64).double()),
     ),
     "rotation by no position": (
         ValueError,

@@ -51,6 +51,27 @@ def test_attention_needs_neither_plots_nor_notebook_tools():
     assert run(code + f"print([m for m in {heavy} if m in sys.modules])") == "[]"
 
 
+# What takes long to import and what attention alone has no use for. PyTorch imports some of it itself.
+HEAVY = (
+    "matplotlib", "transformers", "triton", "flash_attn", "safetensors", "hypothesis", "tqdm", "IPython", "nbdev",
+    "fastcore", "execnb", "pytest", "scipy", "pandas", "sympy", "networkx", "torch._dynamo", "torch._inductor",
+    "torch.fx.experimental.symbolic_shapes", "torch.nn.attention.flex_attention", "torch.utils.tensorboard",
+    "torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.distributed.rpc",
+    "torch.distributed.pipelining", "torch.distributed.elastic", "torch.distributed.run",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("line", ["import dilated_attention_nb", "from dilated_attention_nb import dilated_attention"])
+def test_an_import_adds_nothing_heavy_to_torch(line):
+    "What makes it add less than 0.3 s (benchmarks/package.json), as something that no busy machine can change."
+    code = f"import sys, torch; before = set(sys.modules); {line}; print(*sorted(set(sys.modules) - before))"
+    added = run(code).split()
+    assert "dilated_attention_nb" in added
+    assert not [m for m in added if m in HEAVY or m.split(".")[0] in HEAVY]
+    own = {"dilated_attention_nb", "jaxtyping", "einops", "numpy"} | sys.stdlib_module_names
+    assert not {m.split(".")[0] for m in added} - own
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_public_callables_are_documented(module):
     home = importlib.import_module(f"dilated_attention_nb.{module}")

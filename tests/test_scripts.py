@@ -5,6 +5,7 @@ import importlib.util
 import io
 import itertools
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -51,6 +52,9 @@ def layer(root: Path, number: int, name: str, *exported: str) -> Path:
     return write(root / f"nbs/{number:02}_{name}.ipynb", code(f"#| default_exp {name}"), prose(f"# {name}"), *cells)
 
 
+PICTURE = dict(output_type="display_data", metadata={}, data={"image/png": ""})
+
+
 # ---- check_imports ---------------------------------------------------------------------------------------------------
 
 
@@ -85,6 +89,27 @@ def test_a_wrong_import_is_found(tmp_path, line, complaint):
     assert "04_masking" in found and complaint in found
 
 
+def test_the_module_that_python_runs(tmp_path):
+    "`__main__` comes from a notebook called main; of the package root it may have the version, and nothing else."
+    cells = code("#| default_exp __main__"), prose("# main")
+    version, more = (
+        code("#| export", f"from dilated_attention_nb import {x}") for x in ("__version__", "__version__, f")
+    )
+    write(tmp_path / "nbs/19_main.ipynb", *cells, version)
+    assert load("check_imports").check(tmp_path) == []
+    write(tmp_path / "nbs/19_main.ipynb", *cells, more)
+    (found,) = load("check_imports").check(tmp_path)
+    assert "package root" in found
+    (tmp_path / "nbs/19_main.ipynb").rename(tmp_path / "nbs/19_start.ipynb")
+    assert any("call it NN_" in line for line in load("check_imports").check(tmp_path))
+
+
+def test_a_figure_with_words_passes(tmp_path):
+    seen = code("#| hide_line", '#| fig-alt: "time over length, a line that rises"', "draw()", outputs=[PICTURE])
+    write(tmp_path / "nbs/examples/one.ipynb", prose("# One"), seen)
+    assert load("check_imports").check(tmp_path) == []
+
+
 def test_lessons_may_import_what_exported_code_may_not(tmp_path):
     layer(tmp_path, 1, "testing", "X = 1")
     lesson = code("from dilated_attention_nb.testing import X")
@@ -103,6 +128,9 @@ def test_lessons_may_import_what_exported_code_may_not(tmp_path):
         ([prose("# A"), code("x = 1", id="same"), code("y = 1", id="same")], "same"),
         ([prose("# A"), code("x") | {"source": "x = 1\ny = 2"}], "not a list of lines"),
         ([prose("# A"), code(f"x = {'1' * 500_000!r}")], "KB stored"),
+        ([prose("# A"), code("draw()", id="drawn", outputs=[PICTURE])], "cell 2 (drawn): a figure without words"),
+        ([prose("# A"), code('#| fig-alt: "a plot"', "draw()", outputs=[PICTURE])], "a figure without words"),
+        ([prose("# A"), code('#| fig-alt: "time over length, a rising line"', "draw()")], "a figure that isn't stored"),
     ],
 )
 def test_a_notebook_that_would_be_lost_is_found(tmp_path, cells, complaint):
@@ -158,6 +186,47 @@ def test_two_modules_may_not_export_one_name(tmp_path):
         load("root").collect(tmp_path)
 
 
+# ---- check_wheel -----------------------------------------------------------------------------------------------------
+
+DECLARED = [
+    "einops>=0.8",
+    "jaxtyping>=0.2",
+    "hypothesis>=6; extra == 'dev'",
+    'no-such-package>=1; extra == "more"',
+    "triton>=3.5; sys_platform == 'nowhere' and extra == 'more'",
+]
+
+
+@pytest.mark.parametrize(
+    ("extra", "there", "missing"),
+    [
+        ("", {"einops", "jaxtyping"}, []),
+        ("dev", {"einops", "jaxtyping", "hypothesis"}, []),
+        ("more", {"einops", "jaxtyping"}, ["no-such-package"]),
+    ],
+)
+def test_what_an_environment_gets_is_what_is_declared(extra, there, missing):
+    found, absent = load("check_wheel").requirements(DECLARED, extra)
+    assert there <= set(found) and absent == missing
+    assert "wadler-lindig" in found, "what jaxtyping itself requires"
+    assert not {"pytest", "nbdev", "torch"} & set(found)
+
+
+def test_a_stand_in_is_a_wheel_that_pip_takes(tmp_path):
+    load("check_wheel").stand_in("flash-attn", "2.8.3", tmp_path)
+    command = [sys.executable, "-m", "pip", "install", "--no-index", "--dry-run", "--find-links", str(tmp_path)]
+    done = subprocess.run([*command, "flash-attn>=2.7"], capture_output=True, text=True)
+    assert done.returncode == 0 and "Would install flash-attn-2.8.3" in done.stdout.replace("flash_attn", "flash-attn")
+    assert subprocess.run([*command, "flash-attn>=2.9"], capture_output=True, text=True).returncode
+
+
+def test_a_program_that_ends_otherwise_is_a_failure(tmp_path):
+    run = load("check_wheel").run
+    assert run([sys.executable, "-c", "print(1); exit(3)"], tmp_path, "it", 3) == "1\n"
+    with pytest.raises(SystemExit, match="(?s)it failed, status 3:.*1"):
+        run([sys.executable, "-c", "print(1); exit(3)"], tmp_path, "it")
+
+
 # ---- notebooks -------------------------------------------------------------------------------------------------------
 
 
@@ -211,12 +280,86 @@ def test_executing_twice_stores_the_same_bytes(tmp_path):
     lines = [
         "import matplotlib.pyplot as plt",
         "plt.figure(figsize=(1, 1)).gca().plot([1, 2])",
-        "print({'a', 'b'}, object())",
+        "print({'a', 'b'}, object(), 1 / 3)",
     ]
     path = write(tmp_path / "x.ipynb", prose("# X"), code(*lines), code("#| eval: false", "1 / 0"))
-    first, found = notebooks.execute(path, 120)
-    path.write_text(first)
-    assert not found and notebooks.execute(path, 120)[0] == first and "image/png" in first
+    first, complaints, differ = notebooks.execute(path, 120)
+    assert not complaints and "image/png" in first and "stored nothing, now printed text, figure" in differ[0]
+    assert first.count("0.3333333333333333") == 1
+    other = first.replace(
+        "0.3333333333333333", "0.3333333333333331"
+    )  # another machine's rounding: as good, so it stays
+    path.write_text(other)
+    assert notebooks.execute(path, 120) == (other, [], [])
+
+
+# ---- outputs ---------------------------------------------------------------------------------------------------------
+
+
+def printed(text: str) -> dict:
+    return dict(output_type="stream", name="stdout", text=text.splitlines(keepends=True))
+
+
+def value(text: str) -> dict:
+    return dict(output_type="execute_result", metadata={}, execution_count=None, data={"text/plain": [text]})
+
+
+def figure(x: float, width: float = 2.0) -> dict:
+    "A line that ends at `x`, from 0 to 1; 200 pixels are the axis."
+    import matplotlib.pyplot as plt
+
+    drawn = plt.figure(figsize=(width, 1), dpi=100)
+    ax = drawn.add_axes((0, 0, 1, 1))
+    ax.plot((0, x), (0, 0.7))
+    ax.set(xlim=(0, 1), ylim=(0, 1))
+    out = io.BytesIO()
+    drawn.savefig(out, format="png")
+    plt.close(drawn)
+    return dict(output_type="display_data", metadata={}, data={"image/png": base64.b64encode(out.getvalue()).decode()})
+
+
+@pytest.mark.parametrize(
+    "stored, found, difference",
+    [
+        ([printed("loss 1.2345\n")], [printed("loss 1.2345\n")], None),
+        ([printed("one\n"), figure(0.5)], [figure(0.5), printed("one\n")], None),  # figures come after the text
+        ([printed("one\n"), printed("two\n")], [printed("one\ntwo\n")], None),
+        ([printed("<f at 0x7f00deadbeef>\n")], [printed("<f>\n")], None),
+        ([printed("loss 1.2345\n")], [printed("loss 1.2346\n")], None),  # both rounded
+        ([printed("loss 1.2345\n")], [printed("loss 1.2347\n")], "line 1: stored 'loss 1.2345', now 'loss 1.2347'"),
+        ([printed("a -1.0e-03 b\n")], [printed("a  -1.1e-03 b\n")], None),
+        ([printed("a 1.0e-03 b\n")], [printed("a 1.2e-03 b\n")], "line 1"),
+        ([value("0.33333334")], [value("0.3333343")], None),
+        ([value("0.33333334")], [value("0.3333400")], "value, line 1"),
+        ([value("nan")], [value("0.5")], "value, line 1"),
+        ([printed("128 calls\n")], [printed("129 calls\n")], "printed text, line 1"),  # integers are not rounded
+        ([printed("a\nb\n")], [printed("a\n")], "stored 2 lines, now 1"),
+        ([printed("sunk\n")], [printed("sank\n")], "line 1"),
+        ([figure(0.5)], [figure(0.5 * (1 + 2**-17))], None),
+        ([figure(0.5)], [figure(0.505)], "pixels differ"),  # by one pixel
+        ([figure(0.5)], [figure(0.5, 1.9)], "stored 200 x 100 pixels, now 190 x 100"),
+        ([figure(0.5)], [], "stored figure, now nothing"),
+        ([], [value("3")], "stored nothing, now value: '3'"),
+        ([figure(0.5)], [figure(0.5), figure(0.5)], "stored figure, now figure, figure"),
+        ([value("3")], [printed("3\n")], "stored value, now printed text"),
+    ],
+)
+def test_outputs_are_compared(stored, found, difference):
+    said = load("outputs").differences(code("x", outputs=stored), found)
+    assert said == [] if difference is None else len(said) == 1 and difference in said[0]
+
+
+def test_what_varies_is_marked():
+    outputs = load("outputs")
+    timed = code("#| varies time", "x", outputs=[printed("3.1 ms\n")])
+    assert outputs.differences(timed, [printed("4.7 ms\n")]) == []
+    assert "stored printed text, now nothing" in outputs.differences(timed, [])[0]
+    assert "now printed text, figure" in outputs.differences(timed, [printed("4 ms\n"), figure(0.5)])[0]
+    silent = code("#| varies machine", "x")
+    assert "without output" in outputs.misused(silent) and "without output" in outputs.differences(silent, [])[0]
+    assert "stored nothing" in outputs.differences(silent, [printed("3.1 ms\n")])[0]
+    odd = code("#| varies sometimes", "x", outputs=[printed("3.1 ms\n")])
+    assert "one of time, machine" in outputs.differences(odd, [printed("3.1 ms\n")])[0]
 
 
 # ---- run_notebooks_tests ---------------------------------------------------------------------------------------------
@@ -235,8 +378,40 @@ def test_executing_twice_stores_the_same_bytes(tmp_path):
 )
 def test_notebooks_are_run_counted_and_ended(tmp_path, cells, good, line):
     path = write(tmp_path / "x.ipynb", prose("# X"), *cells)
-    passed, said = load("run_notebooks_tests").run(path, 8, 1)
+    passed, said = load("run_notebooks_tests").run(path, 8)
     assert passed is good and line in said
+
+
+def test_a_run_is_compared_with_what_is_stored(tmp_path):
+    runs, notebooks = load("run_notebooks_tests"), load("notebooks")
+    cells = [
+        code("#| hide", "import time, matplotlib.pyplot as plt", id="imports"),
+        code("print(2 / 3)", "2 + 3;", id="number"),
+        code("plt.figure(figsize=(1, 1)).gca().plot([1, 2]);", id="figure"),
+        code("[1, 2]", id="missing"),
+        code("x = 1", id="extra"),
+        code("#| varies time", "time.perf_counter()", id="timing"),
+    ]
+    path = write(tmp_path / "x.ipynb", prose("# X"), *cells)
+    path.write_text(notebooks.execute(path, 120)[0])
+    passed, said = runs.run(path, 60)
+    assert passed, said
+
+    stored = json.loads(path.read_text())
+    by_id = {cell["id"]: cell for cell in stored["cells"]}
+    by_id["number"]["outputs"][0]["text"] = ["0.667\n"]
+    by_id["figure"]["source"] = ["plt.figure(figsize=(1, 1)).gca().plot([2, 1]);"]
+    by_id["missing"]["source"] = ["[1, 2];"]
+    by_id["extra"]["source"] = ["1"]
+    by_id["timing"]["outputs"][0]["data"]["text/plain"] = ["-1.0"]
+    path.write_text(json.dumps(stored))
+    passed, said = runs.run(path, 60)
+    found = [line.split(": ", 1) for line in said.splitlines()[1:]]
+    assert not passed and [where.strip() for where, _ in found] == [
+        "cell 3 (number)", "cell 4 (figure)", "cell 5 (missing)", "cell 6 (extra)"
+    ]  # fmt: skip
+    for (_, why), part in zip(found, ("line 1: stored '0.667'", "pixels differ", "now nothing", "now value: '1'")):
+        assert part in why
 
 
 # ---- readme ----------------------------------------------------------------------------------------------------------
