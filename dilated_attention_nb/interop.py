@@ -184,7 +184,7 @@ class _Seen(Tensor):
         if func.__name__ not in _PASSED_ON:
             rule, advice = "be handed to the attention as it is", "this model computes attention itself: take 'eager'"
             raise ValueError(complaint("the mask", rule, f"{func.__name__}()", advice))
-        return super().__torch_function__(func, types, args, kwargs or {})
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
 
 class _SeenCausal(_Seen):
