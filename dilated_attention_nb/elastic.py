@@ -152,13 +152,13 @@ def train_elastic(
     lr: float = 1e-3,
 ) -> list[float]:  # of each step from the first on: the losses, in nats
     "Take the steps that are left, from the last checkpoint on. All ranks call it together, or all raise `ValueError`."
+    if check_int("rows", rows) % (copies := part.sizes["data"]):
+        advice = "change --rows or the number of processes"
+        raise ValueError(complaint("rows", f"be a multiple of {copies}, the ranks that share a batch", rows, advice))
     optimizer = torch.optim.AdamW(part.parameters(), lr=lr)
     checkpoints = Checkpoints(folder)
     step, losses = checkpoints.load(part, optimizer)
     losses = losses or []
-    if rows % (copies := part.sizes["data"]):
-        advice = "change --rows or the number of processes"
-        raise ValueError(complaint("rows", f"be a multiple of {copies}, the ranks that share a batch", rows, advice))
     own, begin = rows // copies, part.place["data"] * (rows // copies)
     while step < steps:
         x, targets = (t[begin : begin + own] for t in step_batch(tokens, context, rows, step, seed))

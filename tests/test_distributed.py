@@ -270,7 +270,7 @@ TOGETHER = [  # what two ranks ask for, and what both say to it
     (lambda: share_in_ring(with_blocks()), BLOCKS),
     (encoder, "model must be a LongNet, got LongNetEncoder"),
     (elsewhere, "the model must be the same on all ranks"),
-    (odd_batch, "rows must be a multiple of the 2 ranks that share the batch, got 3"),
+    (odd_batch, "rows must be a multiple of 2, the ranks that share a batch, got 3"),
 ]
 
 
@@ -543,23 +543,6 @@ class Bomb:
         return open, (self.path, "w")
 
 
-def loading_worker(rank, world, folder):
-    torch.manual_seed(0)
-    part = DistributedLongNet(LongNet(TINY), DistributedConfig())
-    return Checkpoints(folder).load(part, torch.optim.AdamW(part.parameters()))[0]
-
-
-@pytest.mark.slow
-def test_a_checkpoint_of_another_model_is_refused(tmp_path):
-    spawn_gloo(frozen_worker, 1, str(tmp_path))
-    path = tmp_path / "step-00000001" / "about.json"
-    about = json.loads(path.read_text())
-    about["config"]["num_layers"] = 3
-    path.write_text(json.dumps(about))
-    with pytest.raises(RuntimeError, match="checkpoint must be of this model"):
-        spawn_gloo(loading_worker, 1, str(tmp_path))
-
-
 def settling_worker(rank, world, folder):
     "A checkpoint is whole as soon as it is written: nobody saves again or waits."
     torch.manual_seed(0)
@@ -576,17 +559,6 @@ def settling_worker(rank, world, folder):
 def test_a_written_checkpoint_gets_its_name_at_once(tmp_path):
     found = spawn_gloo(settling_worker, 1, str(tmp_path))
     assert found == [(["step-00000001.part"], ["step-00000001"])]
-
-
-def shared_batch_worker(rank, world, folder):
-    torch.manual_seed(0)
-    part = DistributedLongNet(LongNet(TINY), DistributedConfig())
-    train_elastic(part, torch.arange(500).short(), Path(folder), 1, 64, 3)
-
-
-def test_a_batch_that_ranks_cannot_share_is_refused(tmp_path):
-    with pytest.raises(RuntimeError, match="rows must be a multiple of 2, the ranks that share a batch, got 3"):
-        spawn_gloo(shared_batch_worker, 2, str(tmp_path))
 
 
 # ---------------------------------------------------------------- commands
