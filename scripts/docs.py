@@ -53,6 +53,8 @@ OPTION = re.compile(r"^#\|\s*([\w-]+):\s*(.*?)\s*$")
 MARKDOWN_FILE = re.compile(r"\]\(([\w.-]+\.md)\)")  # a link from the index to a file that is no page
 ANCHOR = re.compile(r'(<h\d id="|<a class="anchor-link" href="#)([^"]+)')
 SOURCE_LINK = re.compile(r"^\[source\]\([^)]*\)\{[^}]*\}\s*$|^\[source\]\([^)]*\)\s*$", re.MULTILINE)
+# A link that nbdev made of a name in backticks: private names have no heading, methods have that of their class.
+NAME_LINK = re.compile(r"\[(`[^`\]]+`)\]\(([\w./]+\.html)#([\w.]+)\)")
 MATHS = re.compile(
     r"\$\$(?P<block>.+?)\$\$|(?<![\\$\w])\$(?P<inline>[^\s$](?:[^$\n]*?[^\s$\\])?)\$(?![\d$])", re.DOTALL
 )
@@ -109,6 +111,17 @@ def split_definitions(cell) -> list:
     return parts
 
 
+def plain_links(text: str) -> str:
+    "Links of names lead to headings that there are."
+
+    def replace(match: re.Match) -> str:
+        name, page, anchor = match.groups()
+        private = any(part.startswith("_") for part in anchor.split("."))
+        return name if private else f"[{name}]({page}#{anchor.split('.')[0]})"
+
+    return NAME_LINK.sub(replace, text)
+
+
 def process(source: Path, target: Path) -> None:
     "Run nbdev's processors over one notebook. Needs a process of its own: exported cells may register operators."
     import ast
@@ -148,12 +161,12 @@ def process(source: Path, target: Path) -> None:
     up = "../" * len(source.relative_to(ROOT).parent.parts)
     files = f"]({cfg.git_url}/blob/{cfg.branch}/"
     for cell in nb.cells:
-        cell.source = MARKDOWN_FILE.sub(files + r"\1)", (cell.source or "").replace(site, up))
+        cell.source = MARKDOWN_FILE.sub(files + r"\1)", plain_links((cell.source or "").replace(site, up)))
         for out in cell.get("outputs", []):
             data = out.get("data", {})
             for kind in [k for k in data if k.startswith("text/")]:
                 joined = data[kind] if isinstance(data[kind], str) else "".join(data[kind])
-                data[kind] = SOURCE_LINK.sub("", joined.replace(site, up)).splitlines(keepends=True)
+                data[kind] = SOURCE_LINK.sub("", plain_links(joined.replace(site, up))).splitlines(keepends=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_nb(nb, target)
 
