@@ -5,6 +5,7 @@ window.siteCheck = (() => {
   // what is on the page
   function facts() {
     const all = (selector) => [...document.querySelectorAll(selector)];
+    const above = (e) => all("main h1, main h2, main h3, main h4").findLast((h) => h.compareDocumentPosition(e) & 4)?.textContent;
     const named = (e) => e.getAttribute("aria-label") || e.textContent.trim() || e.labels?.[0]?.textContent.trim();
     return {
       title: document.title,
@@ -12,7 +13,7 @@ window.siteCheck = (() => {
       ids: all("[id], a[name]").map((e) => e.id || e.name),
       links: all("a[href]").map((a) => ({ to: a.getAttribute("href"), rel: a.rel })),
       images: [...document.images].map((i) => ({
-        src: (i.getAttribute("src") || "").slice(0, 60),
+        src: (i.getAttribute("src") || "").replace(/^data:.*/, "a figure") + ` below "${(above(i) || "").replace("¶", "")}"`,
         alt: i.getAttribute("alt"),
         drawn: i.complete && i.naturalWidth > 0,
       })),

@@ -53,6 +53,8 @@ OPTION = re.compile(r"^#\|\s*([\w-]+):\s*(.*?)\s*$")
 MARKDOWN_FILE = re.compile(r"\]\(([\w.-]+\.md)\)")  # a link from the index to a file that is no page
 ANCHOR = re.compile(r'(<h\d id="|<a class="anchor-link" href="#)([^"]+)')
 SOURCE_LINK = re.compile(r"^\[source\]\([^)]*\)\{[^}]*\}\s*$|^\[source\]\([^)]*\)\s*$", re.MULTILINE)
+# A link that nbdev made of a name in backticks: private names have no heading, methods have that of their class.
+NAME_LINK = re.compile(r"\[(`[^`\]]+`)\]\(([\w./]+\.html)#([\w.]+)\)")
 MATHS = re.compile(
     r"\$\$(?P<block>.+?)\$\$|(?<![\\$\w])\$(?P<inline>[^\s$](?:[^$\n]*?[^\s$\\])?)\$(?![\d$])", re.DOTALL
 )
@@ -60,6 +62,8 @@ CODE = re.compile(r"(^(`{3,}|~{3,}).*?^\2`*\s*?$|(?P<t>`+)(?!`).+?(?<!`)(?P=t)(?
 QUARTO = """Quarto is not installed: writing a plain HTML preview instead.
 For the real site (search, cross-references, themes) install it from the download page of the Quarto project, or with
 `pip install quarto-cli`, `conda install -c conda-forge quarto` or `brew install --cask quarto`; then run this again."""
+
+Job = tuple[Path, Path, Path, dict[str, str] | None]  # source, what is processed, place, links; None: no HTML
 
 
 @dataclass
@@ -107,6 +111,17 @@ def split_definitions(cell) -> list:
     return parts
 
 
+def plain_links(text: str) -> str:
+    "Links of names lead to headings that there are."
+
+    def replace(match: re.Match) -> str:
+        name, page, anchor = match.groups()
+        private = any(part.startswith("_") for part in anchor.split("."))
+        return name if private else f"[{name}]({page}#{anchor.split('.')[0]})"
+
+    return NAME_LINK.sub(replace, text)
+
+
 def process(source: Path, target: Path) -> None:
     "Run nbdev's processors over one notebook. Needs a process of its own: exported cells may register operators."
     import ast
@@ -146,12 +161,12 @@ def process(source: Path, target: Path) -> None:
     up = "../" * len(source.relative_to(ROOT).parent.parts)
     files = f"]({cfg.git_url}/blob/{cfg.branch}/"
     for cell in nb.cells:
-        cell.source = MARKDOWN_FILE.sub(files + r"\1)", (cell.source or "").replace(site, up))
+        cell.source = MARKDOWN_FILE.sub(files + r"\1)", plain_links((cell.source or "").replace(site, up)))
         for out in cell.get("outputs", []):
             data = out.get("data", {})
             for kind in [k for k in data if k.startswith("text/")]:
                 joined = data[kind] if isinstance(data[kind], str) else "".join(data[kind])
-                data[kind] = SOURCE_LINK.sub("", joined.replace(site, up)).splitlines(keepends=True)
+                data[kind] = SOURCE_LINK.sub("", plain_links(joined.replace(site, up))).splitlines(keepends=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_nb(nb, target)
 
@@ -187,48 +202,57 @@ def imported(text: str, package: Path) -> list[Path]:
 
 
 def key_of(source: Path) -> str:
-    "Changes when the processed form of a notebook may change."
+    "Changes when what is made of a notebook or text may change."
     text = source.read_text(encoding="utf-8")
+    if source.suffix != ".ipynb":
+        return digest(tools().encode(), text.encode())
     modules = imported(text, ROOT / settings().lib_path.name)
     return digest(tools().encode(), text.encode(), *(path.read_bytes() for path in modules))
 
 
-def processed(source: Path, target: Path) -> str:
-    "Process a notebook, or copy a page, if it is not there as it would be made; says what is there."
-    if source.suffix != ".ipynb":
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if source != target:
-            shutil.copy2(source, target)
-        return digest(tools().encode(), target.read_bytes())
-    stamp, key = target.with_name(f".{target.name}.key"), key_of(source)
-    if not (target.exists() and stamp.exists() and stamp.read_text() == key):
-        process(source, target)
-        stamp.write_text(key)
-    return key
+def stamp_of(target: Path) -> Path:
+    "Where the key of what was processed is kept."
+    return target.with_name(f".{target.name}.key")
 
 
-def make(job: tuple[Path, Path, Path, dict[str, str] | None]) -> tuple[Path, str, bool]:
+def is_there(job: Job) -> bool:
+    "Whether a page is there as it would be made."
+    source, target, _, links = job
+    key = key_of(source)
+    processed = target.exists() and stamp_of(target).exists() and stamp_of(target).read_text() == key
+    return processed and (links is None or is_rendered(target, links, key))
+
+
+def make(job: Job) -> tuple[Path, str, bool]:
     "Make one page in this process: its place, what was said or what went wrong, and whether it was made."
     source, target, place, links = job
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            key = processed(source, target)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if source.suffix == ".ipynb":
+                process(source, target)
+            elif source != target:
+                shutil.copy2(source, target)
+            key = key_of(source)
+            stamp_of(target).write_text(key)
             if links is not None:
-                rendered(target, place, links, key)
+                render(target, place, links, key)
     except BaseException:  # whatever stops a notebook: the process that asked has to hear of it
         return place, said.getvalue() + traceback.format_exc(), False
     return place, said.getvalue(), True
 
 
-def make_all(jobs: list[tuple[Path, Path, Path, dict[str, str] | None]], processes: int) -> None:
-    "Make the pages, each in a process of its own, the largest first."
+def make_all(jobs: list[Job], processes: int) -> None:
+    "Make the pages that are not there yet, each in a process of its own, the largest first."
+    jobs = sorted((job for job in jobs if not is_there(job)), key=lambda job: -job[0].stat().st_size)
+    if not jobs:
+        return
     os.environ["IN_TEST"] = "1"  # for nbdev: nothing here is to be run as by a reader
     way = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(way)
     if way == "forkserver":
         context.set_forkserver_preload(FIRST_IMPORTS)
-    jobs = sorted(jobs, key=lambda job: -job[0].stat().st_size)
     with context.Pool(min(processes, len(jobs)), maxtasksperchild=1) as pool:
         for place, said, good in pool.imap_unordered(make, jobs, chunksize=1):
             if not good:
@@ -496,10 +520,11 @@ def along(pages: list[Page], here: Page) -> str:
     "Links to the page before and the page after."
     line = [page for group in sections(pages).values() for page in group]
     at, up = line.index(here), "../" * len(here.target.parent.parts)
-    found = [(line[at - 1], "prev", "← ")] if at else []
-    found += [(line[at + 1], "next", "→ ")] if at + 1 < len(line) else []
+    found = [(line[at - 1], "prev", "← ", "")] if at else []
+    found += [(line[at + 1], "next", "", " →")] if at + 1 < len(line) else []
     links = "".join(
-        f'<a rel="{rel}" href="{up}{p.target.as_posix()}">{arrow}{html.escape(p.title)}</a>' for p, rel, arrow in found
+        f'<a rel="{rel}" href="{up}{p.target.as_posix()}">{before}{html.escape(p.title)}{after}</a>'
+        for p, rel, before, after in found
     )
     return f'<footer class="along">{links}</footer>'
 
@@ -558,19 +583,25 @@ def exporter():
     return Plain(config=config, template_name="basic")
 
 
-def rendered(path: Path, place: Path, links: dict[str, str], key: str) -> None:
-    "Render the processed page at `path` with nbconvert, if it is not there as it would be made."
-    target, key = body_path(path), digest(key.encode(), json.dumps(links, sort_keys=True).encode())
-    if target.exists() and json.loads(target.read_text(encoding="utf-8"))["key"] == key:
-        return
+def body_key(links: dict[str, str], key: str) -> str:
+    return digest(key.encode(), json.dumps(links, sort_keys=True).encode())
+
+
+def is_rendered(path: Path, links: dict[str, str], key: str) -> bool:
+    target = body_path(path)
+    return target.exists() and json.loads(target.read_text(encoding="utf-8"))["key"] == body_key(links, key)
+
+
+def render(path: Path, place: Path, links: dict[str, str], key: str) -> None:
+    "Render the processed page at `path` with nbconvert."
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
         body, _ = exporter().from_notebook_node(tidy(as_notebook(path), links))
     body = ANCHOR.sub(lambda m: m[1] + m[2].lower(), body)  # as Quarto writes them, and links expect
     body = distinct(body)
     entries = search_entries(Page(place, "").target, body)
-    made = dict(key=key, said=said.getvalue(), body=body, entries=entries)
-    target.write_text(json.dumps(made, ensure_ascii=False), encoding="utf-8")
+    made = dict(key=body_key(links, key), said=said.getvalue(), body=body, entries=entries)
+    body_path(path).write_text(json.dumps(made, ensure_ascii=False), encoding="utf-8")
 
 
 def body_path(path: Path) -> Path:

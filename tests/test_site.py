@@ -113,6 +113,19 @@ def test_a_page_is_made_again_when_what_it_imports_changed(tmp_path):
     assert names("from dilated_attention_nb import y") == ["__init__", "a", "b", "c"]
 
 
+def test_links_of_names_lead_to_headings():
+    "nbdev links every name of the index; private ones and methods have no heading on the page."
+    text = "[`_run`](../nbs/a.html#_run), [`A.f`](../nbs/a.html#a.f), [`A`](../nbs/a.html#a), [text](../nbs/a.html#a.f)"
+    wanted = "`_run`, [`A.f`](../nbs/a.html#a), [`A`](../nbs/a.html#a), [text](../nbs/a.html#a.f)"
+    assert docs.plain_links(text) == wanted
+
+
+def test_names_stand_once_on_a_page():
+    body = '<a id="a"></a>\n<h2 id="a">A<a href="#a">x</a></h2><p><a id="b"></a></p><h2 id="a">A<a href="#a">x</a></h2>'
+    wanted = '\n<h2 id="a">A<a href="#a">x</a></h2><p><a id="b"></a></p><h2 id="a-1">A<a href="#a-1">x</a></h2>'
+    assert docs.distinct(body) == wanted
+
+
 # ---- the browser test ------------------------------------------------------------------------------------------------
 
 FAULTS = {
