@@ -763,7 +763,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     ),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
-_COMPLETED: dict[str, tuple[str, ...]] = {"LongNet": ("decoding", "pretrained",), "LongNetEncoder": ("pretrained",), "GigaPathSlideEncoder": ("pretrained",)}  # classes that later modules give methods
+_COMPLETED: dict[str, tuple[str, ...]] = {"_lists": ("block_sparse",), "LongNet": ("decoding", "pretrained",), "LongNetEncoder": ("pretrained",), "GigaPathSlideEncoder": ("pretrained",)}  # classes that later modules give methods
 
 __all__ = [
     "__version__",

@@ -226,9 +226,12 @@ class BlockSparseAttention(nn.Module):
         return f"{self.config}"
 
 
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def _lists(module: BlockSparseAttention, n: int, nq: int, num_heads: int, is_causal: bool) -> tuple[Tensor, Tensor]:
     "The indices for these lengths, which a compiled graph holds as constants."
     pattern = module.pattern(n, num_heads, is_causal)
     pattern = pattern if nq == n else pattern.last(nq)
     return pattern.kv_num_blocks, pattern.kv_indices
+
+
+# What torch.compiler.assume_constant_result does, without the second that it takes to import the compiler.
+_lists._dynamo_marked_constant = True  # type: ignore[attr-defined]

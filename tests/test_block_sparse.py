@@ -843,3 +843,16 @@ def test_the_scorer_learns_planted_links():
         attention(q, k, v, is_causal=True).sum().backward()
         optimizer.step()
     assert before < 0.4 and recall() > 0.8
+
+
+def test_the_mark_of_constants_is_that_of_pytorch():
+    "The package sets it without importing the compiler; a PyTorch with another mark would trace through the pattern."
+    from dilated_attention_nb import block_sparse
+
+    def marked():
+        pass
+
+    before = dict(vars(marked))
+    torch.compiler.assume_constant_result(marked)
+    added = {key: value for key, value in vars(marked).items() if key not in before}
+    assert added and added.items() <= vars(block_sparse._lists).items()

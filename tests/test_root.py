@@ -61,15 +61,20 @@ HEAVY = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("line", ["import dilated_attention_nb", "from dilated_attention_nb import dilated_attention"])
-def test_an_import_adds_nothing_heavy_to_torch(line):
+@pytest.mark.parametrize(
+    ("names", "needs"),
+    [("", ()), ("dilated_attention", ()), ("LongNet", ("safetensors", "torch.nn.attention.flex_attention"))],
+)
+def test_an_import_adds_nothing_heavy_to_torch(names, needs):
     "What makes it add less than 0.3 s (benchmarks/package.json), as something that no busy machine can change."
+    line = f"from dilated_attention_nb import {names}" if names else "import dilated_attention_nb"
     code = f"import sys, torch; before = set(sys.modules); {line}; print(*sorted(set(sys.modules) - before))"
     added = run(code).split()
     assert "dilated_attention_nb" in added
-    assert not [m for m in added if m in HEAVY or m.split(".")[0] in HEAVY]
-    own = {"dilated_attention_nb", "jaxtyping", "einops", "numpy"} | sys.stdlib_module_names
-    assert not {m.split(".")[0] for m in added} - own
+    heavy = set(HEAVY) - set(needs)
+    assert not [m for m in added if m in heavy or m.split(".")[0] in heavy]
+    own = {"dilated_attention_nb", "jaxtyping", "einops", "numpy", "torch"} | sys.stdlib_module_names
+    assert not {m.split(".")[0] for m in added} - own - set(needs)
 
 
 @pytest.mark.parametrize("module", MODULES)
