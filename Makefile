@@ -8,6 +8,7 @@
 #   make export      write the modules, the package root and README.md from the notebooks
 #   make notebooks   execute all notebooks and store their outputs
 #   make docs        build the site into _docs/
+#   make test-site   build what is missing or older of it, and open every page in headless Chromium (needs chromium)
 #   make bench       run the benchmarks and store their figures (BENCHMARKS=benchmarks/core.py ARGS=floor: a part)
 #   make bench-check   measure a few quick sections again and say what is worse than what is stored
 #   make lock        renew constraints.txt from what is installed
@@ -28,7 +29,7 @@ READY := $(VENV)/.installed
 BENCHMARKS ?= $(wildcard benchmarks/*.py)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo demo-distributed test test-slow lab export notebooks docs bench bench-check lock clean
+.PHONY: help demo demo-distributed test test-slow lab export notebooks docs test-site bench bench-check lock clean
 
 help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
@@ -77,6 +78,9 @@ notebooks: export
 
 docs: $(READY)
 	$(BIN)/python scripts/docs.py
+
+test-site: $(READY)
+	$(BIN)/python scripts/check_site.py $(ARGS)
 
 bench: $(READY)
 	for script in $(BENCHMARKS); do $(BIN)/python $$script $(ARGS); done

@@ -264,6 +264,7 @@ if TYPE_CHECKING:
         Team as Team,
         check_share as check_share,
         embed_share as embed_share,
+        group_backends as group_backends,
         join_processes as join_processes,
         joined_team as joined_team,
         put_ring as put_ring,
@@ -394,6 +395,7 @@ if TYPE_CHECKING:
         segments_of as segments_of,
         step_flops as step_flops,
         step_seconds as step_seconds,
+        zigzag_parts as zigzag_parts,
     )
     from dilated_attention_nb import benchmarks as benchmarks
 
@@ -632,6 +634,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "Team",
         "check_share",
         "embed_share",
+        "group_backends",
         "join_processes",
         "joined_team",
         "put_ring",
@@ -754,6 +757,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "segments_of",
         "step_flops",
         "step_seconds",
+        "zigzag_parts",
     ),
     "benchmarks": (
     ),
@@ -936,6 +940,7 @@ __all__ = [
     "gather_sequence",
     "generate",
     "grid_pairs",
+    "group_backends",
     "head_branches",
     "head_groups",
     "held_out",
@@ -1048,6 +1053,7 @@ __all__ = [
     "valid_lengths",
     "with_branches",
     "write_file",
+    "zigzag_parts",
 ]
 
 

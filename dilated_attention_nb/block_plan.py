@@ -169,24 +169,40 @@ class Lists:
         return found
 
 
+def _alike(lists: Lists, at: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    "Rows that see equally many blocks, those blocks `[rows, blocks]`, and the diagonal columns `[rows, 1]`, -1: none."
+    order = np.lexsort((at < 0, lists.num))
+    cuts = np.flatnonzero(np.diff(lists.num[order] * 2 + (at[order] < 0))) + 1
+    for rows in np.split(order, cuts):
+        yield rows, lists.index[rows, : lists.num[rows[0]]], at[rows][:, None]
+
+
+def _slides(lists: Lists, at: np.ndarray, swapped: bool) -> bool:
+    "Whether each row sees a run of blocks that ends (`swapped`: begins) on the diagonal, and alike rows are in step."
+    if (at < 0).any():
+        return False
+    found = (np.hstack((own, others) if swapped else (others, own)) for _, others, own in _alike(lists, at))
+    return all(Span(seen).step >= 0 for seen in found)
+
+
 def _portions(
     lists: Lists, at: np.ndarray, cols: int, swapped: bool, group: int, room: int, half: bool, joint: int
 ) -> Iterator[Portion]:
     "Portions of rows; `at` are diagonal columns, `room` the blocks that may be copied at a time."
     num, index, stride = lists.num, lists.index, lists.stride()
-    if not stride:
-        order = np.lexsort((at < 0, num))
-        for rows in np.split(order, np.flatnonzero(np.diff(num[order] * 2 + (at[order] < 0))) + 1):
-            size = int(num[rows[0]])
-            for some in np.array_split(rows, min(len(rows), -(-len(rows) * size // room) or 1)):
+    if not stride or (group <= 8 and num.max(initial=0) < joint and _slides(lists, at, swapped)):
+        for rows, others, own in _alike(lists, at):
+            size, diagonal = others.shape[1], own[0] >= 0
+            seen = np.hstack((own, others) if swapped else (others, own)) if diagonal else others
+            copied = size if seen.size and Span(seen).step < 0 else 0  # by a row
+            for some in np.array_split(np.arange(len(rows)), min(len(rows), -(-len(rows) * copied // room) or 1)):
                 places = np.arange(len(some))[:, None]
-                others, own = index[some, :size], at[some][:, None]
-                if size and own[0] >= 0 and size < joint:
-                    yield portion(some, [(places, np.hstack((own, others) if swapped else (others, own)), True)])
+                if diagonal and 0 < size < joint:
+                    yield portion(rows[some], [(places, seen[some], True)])
                     continue
-                parts = [(places, others, False)] if size else []
-                parts += [(places, own, True)] if own[0] >= 0 else []
-                yield portion(some, parts)
+                parts = [(places, others[some], False)] if size else []
+                parts += [(places, own[some], True)] if diagonal else []
+                yield portion(rows[some], parts)
         return
     below = np.tri(group, k=-1, dtype=bool)
     below = below.T if swapped else below

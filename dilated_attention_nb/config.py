@@ -525,7 +525,7 @@ class DistributedConfig(Config):
 
     world_size: int | None = None  # number of processes; None: as the launcher says
     rank: int | None = None  # of this process, from 0; None: as the launcher says
-    backend: str = "nccl"  # of torch.distributed: one of DISTRIBUTED_BACKENDS
+    backend: str = "nccl"  # of torch.distributed: one of DISTRIBUTED_BACKENDS; without GPUs NCCL stands for gloo
     sequence_parallel: bool = False  # cut the sequence
     model_parallel: bool = False  # cut the matrices of a layer
     pipeline_parallel: bool = False  # cut the stack of layers

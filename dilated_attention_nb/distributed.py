@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .config import DistributedConfig, check_config, complaint
 from .longnet import LongNet, LongNetConfig, LongNetLayer
-from .sharded import LongNetShare
+from .sharded import LongNetShare, Team, group_backends
 
 # %% ../nbs/16_distributed.ipynb #533e5d69
 DIMENSIONS = ("data", "pipeline", "sequence", "tensor")  # of the mesh, from the slowest to the fastest
@@ -57,16 +57,32 @@ def mesh_sizes(config: DistributedConfig, world_size: int) -> dict[str, int]:
     rest = world_size // known
     return {"data": 1 if opened else rest} | {name: size or rest for name, size in sizes.items()}
 
+# %% ../nbs/16_distributed.ipynb #a7c4e1b0
+def check_group(config: DistributedConfig, device_type: str) -> None:
+    "Raises `ValueError` on all ranks if the process group is not the one that the config speaks of."
+    world, rank = dist.get_world_size(), dist.get_rank()
+    if config.world_size not in (None, world):
+        raise ValueError(complaint("world_size", f"be {world}, as the launcher says", config.world_size, "or None"))
+    if Team().any(config.rank not in (None, rank)):
+        raise ValueError(
+            complaint("rank", f"be {rank} here, as the launcher says", config.rank, "or None, on all ranks")
+        )
+    there, asked = (
+        dist.BackendConfig(dist.Backend(name)).get_device_backend_map().get(device_type)
+        for name in (dist.get_backend_config(), group_backends(config.backend, device_type == "cuda"))
+    )
+    if there != asked:
+        rule, advice = f"be {there}, which the group has for {device_type}", "call join_processes(config.backend) first"
+        raise ValueError(complaint("backend", rule, repr(config.backend), advice))
+
 # %% ../nbs/16_distributed.ipynb #472ffdd5
 def make_mesh(config: DistributedConfig, device_type: str = "cpu") -> DeviceMesh:
     "The mesh of the default process group, with the dimensions `DIMENSIONS`."
     if not (dist.is_available() and dist.is_initialized()):
-        advice = "call torch.distributed.init_process_group, or start with torchrun"
+        advice = "start with torchrun and call join_processes first"
         raise RuntimeError(complaint("the process group", "be there", "none", advice))
-    world = dist.get_world_size()
-    if config.world_size not in (None, world):
-        raise ValueError(complaint("world_size", f"be {world}, as the launcher says", config.world_size, "or None"))
-    sizes = mesh_sizes(config, world)
+    check_group(config, device_type)
+    sizes = mesh_sizes(config, dist.get_world_size())
     return init_device_mesh(device_type, tuple(sizes[name] for name in DIMENSIONS), mesh_dim_names=DIMENSIONS)
 
 # %% ../nbs/16_distributed.ipynb #fad6d367

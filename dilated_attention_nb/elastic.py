@@ -152,13 +152,13 @@ def train_elastic(
     lr: float = 1e-3,
 ) -> list[float]:  # of each step from the first on: the losses, in nats
     "Take the steps that are left, from the last checkpoint on. All ranks call it together, or all raise `ValueError`."
+    if check_int("rows", rows) % (copies := part.sizes["data"]):
+        advice = "change --rows or the number of processes"
+        raise ValueError(complaint("rows", f"be a multiple of {copies}, the ranks that share a batch", rows, advice))
     optimizer = torch.optim.AdamW(part.parameters(), lr=lr)
     checkpoints = Checkpoints(folder)
     step, losses = checkpoints.load(part, optimizer)
     losses = losses or []
-    if rows % (copies := part.sizes["data"]):
-        advice = "change --rows or the number of processes"
-        raise ValueError(complaint("rows", f"be a multiple of {copies}, the ranks that share a batch", rows, advice))
     own, begin = rows // copies, part.place["data"] * (rows // copies)
     while step < steps:
         x, targets = (t[begin : begin + own] for t in step_batch(tokens, context, rows, step, seed))
@@ -223,6 +223,7 @@ def parse_elastic(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--tensor-parallel", type=int, default=1, help="processes that share a layer (default: 1)")
     p.add_argument("--pipeline-parallel", type=int, default=1, help="processes that share the layers (default: 1)")
     p.add_argument("--data-engine", choices=("ddp", "fsdp"), default="ddp", help="what averages gradients")
+    p.add_argument("--backend", default="nccl", help="of torch.distributed (default: nccl, without GPUs gloo)")
     p.add_argument("--gradient-checkpointing", action="store_true", help="recompute layers in the backward pass")
     p.add_argument("--seed", type=int, default=0)
     return p.parse_args(argv)
@@ -237,7 +238,8 @@ def elastic_configs(given: argparse.Namespace) -> tuple[LongNetConfig, Distribut
     sizes = {"sequence": given.sequence_parallel, "tensor": given.tensor_parallel, "pipeline": given.pipeline_parallel}
     on = {name: check_int(f"--{name}-parallel", size) > 1 for name, size in sizes.items()}
     return model, DistributedConfig(
-        backend="gloo", sequence_parallel=on["sequence"], model_parallel=on["tensor"], pipeline_parallel=on["pipeline"],
+        backend=given.backend, sequence_parallel=on["sequence"], model_parallel=on["tensor"],
+        pipeline_parallel=on["pipeline"],
         sequence_shards=sizes["sequence"] if on["sequence"] else None,
         tensor_shards=sizes["tensor"] if on["tensor"] else None,
         pipeline_stages=sizes["pipeline"] if on["pipeline"] else None,
@@ -248,9 +250,9 @@ def elastic_configs(given: argparse.Namespace) -> tuple[LongNetConfig, Distribut
 def elastic_main(argv: Sequence[str] | None = None) -> int:  # the exit status: 0, or 2 for bad input
     "What `torchrun ... -m dilated_attention_nb.elastic` does."
     given = parse_elastic(argv)
-    device = join_processes()
     try:
         model, config = elastic_configs(given)
+        device = join_processes(config.backend)
         torch.manual_seed(given.seed)
         part = DistributedLongNet(LongNet(model).to(device), config)
         print(f"rank {dist.get_rank()} is process {os.getpid()}: {part.place}", flush=True)

@@ -19,6 +19,7 @@ from dilated_attention_nb.config import (
     check_config,
     check_heads,
     check_home,
+    check_placement,
     complaint,
 )
 from .gigapath import GigaPathConfig as GigaPathConfig
@@ -171,8 +172,17 @@ class _Seen(Tensor):
     """What a model of transformers asked its mask function for: `[b, 1, 1, keys]`, True for real ones.
 
     Keys that a static cache has no content for are left out. Without padding it is `[b, 0, 1, keys]`. It is a tensor of
-    four dimensions because transformers passes those on as they are, and makes them contiguous or moves them.
+    four dimensions because transformers passes those on as they are, and makes them contiguous or moves them. It can't
+    be combined with other tensors: a model that adds it to its scores computes an attention of its own.
     """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(isinstance(x, Tensor) and not isinstance(x, _Seen) for x in (*args, *kwargs.values())):
+            rule, advice = "be handed to the attention as it is", "this model computes attention itself: take 'eager'"
+            raise ValueError(complaint("the mask", rule, f"{func.__name__}()", advice))
+        return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
 
 
 class _SeenCausal(_Seen):
@@ -211,6 +221,11 @@ def register_with_transformers(
     if not isinstance(name, str) or not name or name in taken or name.startswith(("flash_attention", "paged|")):
         raise ValueError(complaint("name", "not be one of transformers' own", repr(name), "'dilated' is free"))
 
+    def covers(found: int, length: int) -> None:
+        if found < length:
+            rule, advice = f"cover all {length} tokens", "1 for tokens, 0 for padding, those in a cache included"
+            raise ValueError(complaint("attention_mask", rule, found, advice))
+
     def seen(
         batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, kv_offset: int = 0,
         mask_function: Any = causal, attention_mask: Tensor | None = None, **_: Any,
@@ -219,7 +234,9 @@ def register_with_transformers(
             got = getattr(mask_function, "__qualname__", repr(mask_function))
             advice = f"{name!r} can't be combined with sliding windows, chunks, packed sequences or other masks"
             raise ValueError(complaint("the model's mask", "be causal or bidirectional", got, advice))
-        length = min(int(q_offset) + q_length, kv_length) if mask_function is causal else kv_length
+        length = int(q_offset) + q_length if mask_function is causal else kv_length
+        if attention_mask is not None:
+            covers(attention_mask.shape[1], length)
         real = torch.ones(batch_size, 0, 1, length, dtype=torch.bool)
         if attention_mask is not None and not attention_mask[:, :length].all():
             real = attention_mask[:, None, None, :length].bool()
@@ -236,6 +253,8 @@ def register_with_transformers(
         for option in ("softcap", "s_aux", "position_bias", "sliding_window"):
             if extra.get(option) is not None:
                 raise ValueError(f"dilated attention has no {option}, which {type(module).__name__} asks for")
+        for which, x in (("query", query), ("key", key), ("value", value)):
+            check_placement(which, x, config.device, config.dtype)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         length, real = attention_mask.shape[3], attention_mask.as_subclass(Tensor)
         causally = isinstance(attention_mask, _SeenCausal)
@@ -244,6 +263,7 @@ def register_with_transformers(
             got = f"{q.shape[1]} queries for {k.shape[1]} keys in {type(module).__name__}"
             advice = "keys must be the queries' own tokens: a model with an encoder and a decoder can't be dilated"
             raise ValueError(complaint("attention", "not be cross-attention", got, advice))
+        covers(length, k.shape[1] if not causally else length)
         out = _attend_rows(q, k[:, :length], v[:, :length], causally, real.flatten(1), config, scaling)
         return F.dropout(out, dropout, module.training), None
 

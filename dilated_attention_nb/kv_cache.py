@@ -118,7 +118,7 @@ class KVCache(_Cache):
         head_dim: int,
         batch_size: int = 1,
         num_kv_heads: int | None = None,  # of keys and values, dividing num_heads; None: as many
-        config: DilatedAttentionConfig | None = None,  # None: full attention
+        config: DilatedAttentionConfig | None = None,  # None: full attention; any length is read, whatever its ragged
         *,
         scale: float | None = None,  # None is head_dim ** -0.5
         backend: str = "auto",
@@ -301,7 +301,7 @@ class DilatedKVCache(_Cache):
 
     def __init__(
         self,
-        config: DilatedAttentionConfig,
+        config: DilatedAttentionConfig,  # any length is read, whatever its ragged
         num_heads: int,  # of the queries
         head_dim: int,
         batch_size: int = 1,

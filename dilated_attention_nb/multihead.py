@@ -211,8 +211,8 @@ class MultiheadDilatedAttention(nn.Module):
         inputs = ("query", query, self.q_proj), ("key", key, self.k_proj), ("value", value, self.v_proj)
         for name, x, projection in inputs:
             self._check_input(name, x, projection)
-        called: dict[str, object] = {"position": position, "cache": cache}
-        for name, given in called.items():
+        others: dict[str, Any] = {"position": position, "cache": cache}
+        for name, given in others.items():
             if given is not None and not callable(given):
                 advice = "a Rotation of longnet, a KVCache or DilatedKVCache can be"
                 raise TypeError(complaint(name, "be None or callable", type(given).__name__, advice))

@@ -9,6 +9,7 @@ __all__ = ['read_tensors', 'fill_exactly', 'save_pretrained', 'from_pretrained']
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import fields
 from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
@@ -132,15 +133,15 @@ def from_pretrained(folder: str | Path, kind: type[nn.Module] | None = None) -> 
         raise ValueError(complaint(str(path), "have 'class' and 'config' alone", ", ".join(unknown), "is it ours?"))
     config, build = _MODELS[name]
     values = about.get("config")
+    missing = [f.name for f in fields(config) if isinstance(values, dict) and f.name not in values]
+    if missing:
+        advice = "a default need not be what the model was made with: add that"
+        rule = f"have all fields of {config.__name__}"
+        raise ValueError(complaint(str(path), rule, "no " + ", ".join(missing), advice))
     try:
         made = config.from_dict(values)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
-    if missing := [field for field in made.to_dict() if field not in values]:
-        advice = "the model may have been another: add what it was made with"
-        raise ValueError(
-            complaint(str(path), f"have all fields of {config.__name__}", "no " + ", ".join(missing), advice)
-        )
     with torch.device("meta"):
         model = build(made)
     return fill_exactly(model, read_tensors(Path(folder) / _TENSORS), Path(folder) / _TENSORS).eval()

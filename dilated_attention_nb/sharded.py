@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['share_positions', 'embed_share', 'put_ring', 'check_share', 'LongNetShare', 'MeanOverRanks', 'MeanLoss',
-           'share_in_ring', 'share_worker', 'Team', 'join_processes', 'joined_team']
+           'share_in_ring', 'share_worker', 'Team', 'group_backends', 'join_processes', 'joined_team']
 
 # %% ../nbs/12c_sharded.ipynb #db9ae0c0
 import json
@@ -21,7 +21,9 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from .config import RingAttentionConfig, check_config, check_int, complaint
+from .config import RingAttentionConfig, check_int, complaint
+from .dilated import DilatedAttention
+from .improved import ImprovedDilatedAttention
 from .longnet import LongNet, Rotation, make_rotation, token_losses
 from .ring import RingDilatedAttention, shard_sequence
 
@@ -55,25 +57,30 @@ def embed_share(
 def put_ring(model: LongNet, layout: str = "zigzag", **options: Any) -> None:
     """Let all layers attend in rings; `options` are those of `RingDilatedAttention` (group, pool, part, overlap).
 
-    Raises `ValueError` for a kind of attention that is not plain dilated attention.
+    Raises `ValueError` if a layer's attention has been replaced by something that is not plain dilated attention.
     """
-    if model.config.attention not in ("auto", "standard", "improved"):
-        rule = "be 'auto', 'standard' or 'improved' in a model over a ring"
-        raise ValueError(complaint("attention", rule, repr(model.config.attention), "other kinds are not cut here"))
+    layers: Any = model.decoder.layers
+    for i, layer in enumerate(layers):
+        if not isinstance(
+            layer.self_attn.attention, DilatedAttention | ImprovedDilatedAttention | RingDilatedAttention
+        ):
+            rule, got = "be dilated attention in a model over a ring", type(layer.self_attn.attention).__name__
+            advice = "other kinds are not cut over ranks: train it whole, in torch's DistributedDataParallel"
+            raise ValueError(complaint(f"attention of layer {i}", rule, got, advice))
     branches = model.config.attention_config.to_dict() | {"dropout": 0.0}
     config = RingAttentionConfig(**branches, layout=layout)
-    layers: Any = model.decoder.layers
     for layer in layers:
         layer.self_attn.attention = RingDilatedAttention(config, **options)
 
 # %% ../nbs/12c_sharded.ipynb #508ea960
 def check_share(model: LongNet) -> None:
     "Raises `ValueError` for dropout of any kind: its random numbers would not be those of one device."
-    c = check_config("model.config", model.config, type(model.config))
+    if not isinstance(model, LongNet):
+        raise TypeError(complaint("model", "be a LongNet", type(model).__name__, "encoders are not cut over ranks"))
     for name in ("dropout", "attention_dropout", "activation_dropout", "drop_path"):
-        if getattr(c, name) > 0:
-            advice = "set it to 0, or train on one device or with data parallelism alone"
-            raise ValueError(complaint(name, "be 0 in a model that is cut over processes", getattr(c, name), advice))
+        if (got := getattr(model.config, name)) > 0:
+            advice = "set it to 0, or train the LongNet whole: on one device, or each rank in DistributedDataParallel"
+            raise ValueError(complaint(name, "be 0 where steps equal those of one process", got, advice))
 
 # %% ../nbs/12c_sharded.ipynb #b2bcb731
 class LongNetShare(nn.Module):
@@ -241,14 +248,21 @@ class Team:
         return model if self.size == 1 else share_in_ring(model)
 
 
-def join_processes() -> torch.device:
+def group_backends(backend: str, cuda: bool) -> str:
+    "`backend` as torch.distributed takes it: NCCL, for GPUs alone, has gloo beside it or, without GPUs, instead."
+    if "nccl" not in backend:
+        return backend
+    return "cpu:gloo,cuda:nccl" if cuda else "gloo"
+
+
+def join_processes(backend: str = "nccl") -> torch.device:  # as in DistributedConfig
     """Join the processes that torchrun started (without it, this one alone); the device of this process.
 
     After a restart torchrun may hand out the store of the attempt before, with addresses of dead processes: each
     attempt gets keys of its own.
     """
     cuda = torch.cuda.is_available()
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    backend = group_backends(backend, cuda)
     if "WORLD_SIZE" in os.environ:
         store, rank, size = next(rendezvous("env://"))
         attempt = "attempt " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

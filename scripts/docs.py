@@ -2,24 +2,34 @@
 
     python scripts/docs.py              build what changed
     python scripts/docs.py --preview    the preview, even where Quarto is installed
+    python scripts/docs.py --jobs 1     use one process at a time
 
 Both start from the same processed notebooks in _proc/, made with nbdev's processors, each in a process of its own:
 hidden cells are gone, every exported cell shows its documentation and then its source, names in backticks are links.
 Nothing is executed but imports and exported code; the outputs are those stored in the notebooks.
+
+The processes are forked from one that has imported PyTorch and nbdev. A page is made again when its source, a module
+that it imports, the index of names, the settings or this program changed: by their contents, not their dates.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import functools
+import hashlib
 import html
+import importlib.metadata
+import io
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +42,10 @@ RESULTS = {"lab_log", "design_decisions"}  # explanations that report rather tha
 FIRST = ["variants", "explorer", "cluster", "gigapath", "huggingface", "pytorch_encoder", "migration"]
 RAW = re.compile(r"^```\{=html\}\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)  # HTML that is passed on as it is
 FILES = ("*.js", "*.css")  # what pages load, beside them in nbs/
+# What the process imports from which those of the pages are forked; nothing of this project, whose modules they run.
+FIRST_IMPORTS = ["torch", "transformers", "nbdev.processors", "nbdev.showdoc", "matplotlib.pyplot", "einops"]
+FIRST_IMPORTS += ["jaxtyping", "hypothesis", "IPython", "nbconvert", "latex2mathml.converter"]
+MAKERS = ("nbdev", "nbconvert", "latex2mathml", "Pygments", "mistune")  # whose versions pages depend on
 EXPORT = re.compile(r"^(\s*#\|\s*)exporti?[ \t]*$", re.MULTILINE)
 HIDE = re.compile(r"^\s*#\|\s*hide\b", re.MULTILINE)
 DEFINES = re.compile(r"^(def |class |async def |@|[A-Za-z_]\w*\s*[:=])", re.MULTILINE)
@@ -39,6 +53,8 @@ OPTION = re.compile(r"^#\|\s*([\w-]+):\s*(.*?)\s*$")
 MARKDOWN_FILE = re.compile(r"\]\(([\w.-]+\.md)\)")  # a link from the index to a file that is no page
 ANCHOR = re.compile(r'(<h\d id="|<a class="anchor-link" href="#)([^"]+)')
 SOURCE_LINK = re.compile(r"^\[source\]\([^)]*\)\{[^}]*\}\s*$|^\[source\]\([^)]*\)\s*$", re.MULTILINE)
+# A link that nbdev made of a name in backticks: private names have no heading, methods have that of their class.
+NAME_LINK = re.compile(r"\[(`[^`\]]+`)\]\(([\w./]+\.html)#([\w.]+)\)")
 MATHS = re.compile(
     r"\$\$(?P<block>.+?)\$\$|(?<![\\$\w])\$(?P<inline>[^\s$](?:[^$\n]*?[^\s$\\])?)\$(?![\d$])", re.DOTALL
 )
@@ -46,6 +62,8 @@ CODE = re.compile(r"(^(`{3,}|~{3,}).*?^\2`*\s*?$|(?P<t>`+)(?!`).+?(?<!`)(?P=t)(?
 QUARTO = """Quarto is not installed: writing a plain HTML preview instead.
 For the real site (search, cross-references, themes) install it from the download page of the Quarto project, or with
 `pip install quarto-cli`, `conda install -c conda-forge quarto` or `brew install --cask quarto`; then run this again."""
+
+Job = tuple[Path, Path, Path, dict[str, str] | None]  # source, what is processed, place, links; None: no HTML
 
 
 @dataclass
@@ -93,9 +111,19 @@ def split_definitions(cell) -> list:
     return parts
 
 
+def plain_links(text: str) -> str:
+    "Links of names lead to headings that there are."
+
+    def replace(match: re.Match) -> str:
+        name, page, anchor = match.groups()
+        private = any(part.startswith("_") for part in anchor.split("."))
+        return name if private else f"[{name}]({page}#{anchor.split('.')[0]})"
+
+    return NAME_LINK.sub(replace, text)
+
+
 def process(source: Path, target: Path) -> None:
-    "Run nbdev's processors over one notebook. Needs a fresh process: exported cells may register operators."
-    os.environ["IN_TEST"] = "1"
+    "Run nbdev's processors over one notebook. Needs a process of its own: exported cells may register operators."
     import ast
 
     from execnb.nbio import read_nb, write_nb
@@ -133,40 +161,113 @@ def process(source: Path, target: Path) -> None:
     up = "../" * len(source.relative_to(ROOT).parent.parts)
     files = f"]({cfg.git_url}/blob/{cfg.branch}/"
     for cell in nb.cells:
-        cell.source = MARKDOWN_FILE.sub(files + r"\1)", (cell.source or "").replace(site, up))
+        cell.source = MARKDOWN_FILE.sub(files + r"\1)", plain_links((cell.source or "").replace(site, up)))
         for out in cell.get("outputs", []):
             data = out.get("data", {})
             for kind in [k for k in data if k.startswith("text/")]:
                 joined = data[kind] if isinstance(data[kind], str) else "".join(data[kind])
-                data[kind] = SOURCE_LINK.sub("", joined.replace(site, up)).splitlines(keepends=True)
+                data[kind] = SOURCE_LINK.sub("", plain_links(joined.replace(site, up))).splitlines(keepends=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_nb(nb, target)
 
 
-def process_all(sources: list[Path], proc: Path) -> None:
-    "Process the notebooks that changed, copy everything else that pages need."
+@functools.cache
+def tools() -> str:
+    "What every page depends on: these programs, the settings, the index of names, the versions of what makes pages."
     cfg = settings()
-    newest = max(Path(p).stat().st_mtime for p in (__file__, ROOT / "settings.ini", ROOT / "_quarto.yml"))
-    package = max((p.stat().st_mtime for p in (ROOT / cfg.lib_path.name).glob("*.py")), default=0)
-    jobs = []
-    for source in sources:
-        target = proc / source.relative_to(ROOT)
-        if source.suffix != ".ipynb":
+    files = [Path(__file__), ROOT / "settings.ini", ROOT / cfg.lib_path.name / "_modidx.py"]
+    return digest(*(path.read_bytes() for path in files), *(importlib.metadata.version(m).encode() for m in MAKERS))
+
+
+def digest(*parts: bytes) -> str:
+    "A hash of the parts, one after the other."
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(len(part).to_bytes(8, "big") + part)
+    return found.hexdigest()
+
+
+def imported(text: str, package: Path) -> list[Path]:
+    "The modules of `package` that a notebook or module with this text needs, those that they need included."
+    pattern = re.compile(rf"\b(?:from|import) {package.name}(?:\.(\w+))?|default_exp (\w+)")
+    every = {p.stem for p in package.glob("*.py")}
+    found: set[str] = set()
+    todo = [text]
+    while todo:
+        matches = [m[1] or m[2] for m in pattern.finditer(todo.pop())]
+        new = (every if None in matches else every & set(matches)) - found  # None: the root, which has all names
+        found |= new
+        todo += [(package / f"{name}.py").read_text(encoding="utf-8") for name in new]
+    return sorted(package / f"{name}.py" for name in found)
+
+
+def key_of(source: Path) -> str:
+    "Changes when what is made of a notebook or text may change."
+    text = source.read_text(encoding="utf-8")
+    if source.suffix != ".ipynb":
+        return digest(tools().encode(), text.encode())
+    modules = imported(text, ROOT / settings().lib_path.name)
+    return digest(tools().encode(), text.encode(), *(path.read_bytes() for path in modules))
+
+
+def stamp_of(target: Path) -> Path:
+    "Where the key of what was processed is kept."
+    return target.with_name(f".{target.name}.key")
+
+
+def is_there(job: Job) -> bool:
+    "Whether a page is there as it would be made."
+    source, target, _, links = job
+    key = key_of(source)
+    processed = target.exists() and stamp_of(target).exists() and stamp_of(target).read_text() == key
+    return processed and (links is None or is_rendered(target, links, key))
+
+
+def make(job: Job) -> tuple[Path, str, bool]:
+    "Make one page in this process: its place, what was said or what went wrong, and whether it was made."
+    source, target, place, links = job
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, target)
-        elif not target.exists() or target.stat().st_mtime < max(newest, package, source.stat().st_mtime):
-            jobs.append([sys.executable, __file__, "--process", str(source), str(target)])
+            if source.suffix == ".ipynb":
+                process(source, target)
+            elif source != target:
+                shutil.copy2(source, target)
+            key = key_of(source)
+            stamp_of(target).write_text(key)
+            if links is not None:
+                render(target, place, links, key)
+    except BaseException:  # whatever stops a notebook: the process that asked has to hear of it
+        return place, said.getvalue() + traceback.format_exc(), False
+    return place, said.getvalue(), True
+
+
+def make_all(jobs: list[Job], processes: int) -> None:
+    "Make the pages that are not there yet, each in a process of its own, the largest first."
+    jobs = sorted((job for job in jobs if not is_there(job)), key=lambda job: -job[0].stat().st_size)
+    if not jobs:
+        return
+    os.environ["IN_TEST"] = "1"  # for nbdev: nothing here is to be run as by a reader
+    way = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(way)
+    if way == "forkserver":
+        context.set_forkserver_preload(FIRST_IMPORTS)
+    with context.Pool(min(processes, len(jobs)), maxtasksperchild=1) as pool:
+        for place, said, good in pool.imap_unordered(make, jobs, chunksize=1):
+            if not good:
+                raise SystemExit(f"{place}: could not be made\n{said}")
+
+
+def copy_files(proc: Path) -> None:
+    "What pages load or show, and no notebook that is gone."
     for extra in [path for kind in FILES for path in (ROOT / "nbs").rglob(kind)]:
         target = proc / extra.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(extra, target)
-    for known in list(proc.rglob("*.ipynb")) + list(proc.rglob("*.qmd")):
+    for known in [*proc.rglob("*.ipynb"), *proc.rglob("*.qmd")]:
         if not (ROOT / known.relative_to(proc)).exists():
             known.unlink()
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        for job, done in zip(jobs, pool.map(lambda j: subprocess.run(j, capture_output=True, text=True), jobs)):
-            if done.returncode:
-                raise SystemExit(f"{job[3]}: could not be processed\n{done.stdout}{done.stderr}")
     for folder in ("images", "nbs/images"):
         if (ROOT / folder).is_dir():
             shutil.copytree(ROOT / folder, proc / folder, dirs_exist_ok=True)
@@ -174,26 +275,30 @@ def process_all(sources: list[Path], proc: Path) -> None:
 
 def title_of(path: Path) -> str:
     "The title in a page's front matter, or its name."
+    front = path.read_text(encoding="utf-8")
     if path.suffix == ".ipynb":
-        from execnb.nbio import read_nb
-
-        raw = [c.source for c in read_nb(path).cells if c.cell_type == "raw"]
-        front = raw[0] if raw else ""
-    else:
-        front = path.read_text(encoding="utf-8")
+        front = next(("".join(c["source"]) for c in json.loads(front)["cells"] if c["cell_type"] == "raw"), "")
     match = re.match(r"\s*---\n(.*?)\n---", front, re.DOTALL)
     return str((yaml.safe_load(match[1]) or {}).get("title", path.stem)) if match else path.stem
 
 
-def find_pages(proc: Path) -> tuple[list[Path], list[Page]]:
-    "All sources, and after processing their pages in reading order."
-    sources = [ROOT / "index.ipynb", *sorted((ROOT / "nbs").rglob("*.ipynb")), *sorted((ROOT / "nbs").rglob("*.qmd"))]
-    sources = [s for s in sources if s.exists() and not any(p[0] in "._" for p in s.relative_to(ROOT).parts)]
-    process_all(sources, proc)
+def find_sources() -> list[Path]:
+    "The notebooks and texts that become pages; those of the API reference come on top."
+    found = [ROOT / "index.ipynb", *sorted((ROOT / "nbs").rglob("*.ipynb")), *sorted((ROOT / "nbs").rglob("*.qmd"))]
+    return [s for s in found if s.exists() and not any(p[0] in "._" for p in s.relative_to(ROOT).parts)]
+
+
+def find_pages(proc: Path, render: bool = True, processes: int = 1) -> list[Page]:
+    "Make what pages are made of, in `proc`; with `render` their HTML as well."
     cfg = settings()
+    copy_files(proc)
     made = reference.write(modules(), proc / "reference", f"{cfg.git_url}/blob/{cfg.branch}")
-    places = [*(s.relative_to(ROOT) for s in sources), *(m.relative_to(proc) for m in made)]
-    return sources, [Page(place, title_of(proc / place)) for place in places]
+    sources = {s.relative_to(ROOT): s for s in find_sources()} | {m.relative_to(proc): m for m in made}
+    links = {place.name: Page(place, "").target.name for place in sources}
+    if len(links) < len(sources):
+        raise SystemExit(f"two pages have one name: {sorted(p.name for p in sources)}")
+    make_all([(s, proc / place, place, links if render else None) for place, s in sources.items()], processes)
+    return [Page(place, title_of(proc / place)) for place in sources]
 
 
 def modules() -> list[Path]:
@@ -232,8 +337,8 @@ def sections(pages: list[Page]) -> dict[str, list[Page]]:
 # ---- Quarto ---------------------------------------------------------------------------------------------------------
 
 
-def quarto(pages: list[Page], proc: Path, out: Path) -> None:
-    "Render the processed pages with Quarto."
+def quarto_settings(pages: list[Page], out: str) -> dict[str, dict]:
+    "What _quarto.yml reads: the pages and addresses, and the navigation."
     cfg = settings()
     contents: list = []
     for name, group in sections(pages).items():
@@ -241,9 +346,14 @@ def quarto(pages: list[Page], proc: Path, out: Path) -> None:
         contents += [{"section": name, "contents": files}] if name else files
     site = dict(title=cfg["title"], description=cfg["description"])
     site |= {"site-url": f"{cfg['doc_host']}{cfg['doc_baseurl']}"}
-    project = {"project": {"output-dir": out.name, "render": [p.source.as_posix() for p in pages]}, "website": site}
-    (proc / "nbdev.yml").write_text(yaml.safe_dump(project, sort_keys=False))
-    (proc / "sidebar.yml").write_text(yaml.safe_dump({"website": {"sidebar": {"contents": contents}}}, sort_keys=False))
+    project = {"project": {"output-dir": out, "render": [p.source.as_posix() for p in pages]}, "website": site}
+    return {"nbdev.yml": project, "sidebar.yml": {"website": {"sidebar": {"contents": contents}}}}
+
+
+def quarto(pages: list[Page], proc: Path, out: Path) -> None:
+    "Render the processed pages with Quarto."
+    for name, content in quarto_settings(pages, out.name).items():
+        (proc / name).write_text(yaml.safe_dump(content, sort_keys=False))
     shutil.copy2(ROOT / "_quarto.yml", proc / "_quarto.yml")
     done = subprocess.run(["quarto", "render", str(proc), "--no-execute"])
     if done.returncode:
@@ -363,14 +473,14 @@ PAGE = """<!doctype html>
 </head>
 <body>
 <header>
-<button id="menu" aria-expanded="false" aria-controls="pages">Pages</button>
+<button id="site-menu" aria-expanded="false" aria-controls="site-pages">Pages</button>
 <a class="home" href="{up}index.html">dilated-attention-nb</a>
 <div role="search">
-<input id="search" type="search" placeholder="Search" aria-label="Search the site" autocomplete="off">
-<ul id="results" hidden></ul></div>
-<button id="theme" aria-label="Light or dark">◐</button>
+<input id="site-search" type="search" placeholder="Search" aria-label="Search the site" autocomplete="off">
+<ul id="site-results" hidden></ul></div>
+<button id="site-theme" aria-label="Light or dark">◐</button>
 </header>
-<nav id="pages" aria-label="Pages">
+<nav id="site-pages" aria-label="Pages">
 {nav}
 </nav>
 <main>
@@ -386,26 +496,40 @@ def navigation(pages: list[Page], here: Page) -> str:
     up = "../" * len(here.target.parent.parts)
     lines = []
     for name, group in sections(pages).items():
-        lines += [f"<b>{html.escape(name)}</b>"] if name else []
+        shown = " open" if here in group or section(here) == "" else ""
+        lines += [f"<details{shown}><summary>{html.escape(name)}</summary>"] if name else []
         for page in group:
-            mark = ' class="here"' if page == here else ""
+            mark = ' aria-current="page"' if page == here else ""
             lines.append(f'<a href="{up}{page.target.as_posix()}"{mark}>{html.escape(page.title)}</a>')
+        lines += ["</details>"] if name else []
     return "\n".join(lines)
+
+
+def contents(body: str) -> str:
+    "The page, with a list of its sections below the title if there are many."
+    heads = re.findall(r'<h2 id="([^"]*)"[^>]*>(.*?)(?:<a class="anchor-link".*?)?</h2>', body, re.DOTALL)
+    if len(heads) < 4:
+        return body
+    items = "".join(f'<li><a href="#{anchor}">{re.sub("</?a[^>]*>", "", text)}</a></li>' for anchor, text in heads)
+    listed = f'<details class="contents"><summary>On this page</summary><ul>{items}</ul></details>'
+    lead = re.search(r'<p class="lead">.*?</p>|</h1>', body, re.DOTALL)
+    return body[: lead.end()] + listed + body[lead.end() :] if lead else body
 
 
 def along(pages: list[Page], here: Page) -> str:
     "Links to the page before and the page after."
     line = [page for group in sections(pages).values() for page in group]
     at, up = line.index(here), "../" * len(here.target.parent.parts)
-    found = [(line[at - 1], "prev", "← ")] if at else []
-    found += [(line[at + 1], "next", "→ ")] if at + 1 < len(line) else []
+    found = [(line[at - 1], "prev", "← ", "")] if at else []
+    found += [(line[at + 1], "next", "", " →")] if at + 1 < len(line) else []
     links = "".join(
-        f'<a rel="{rel}" href="{up}{p.target.as_posix()}">{arrow}{html.escape(p.title)}</a>' for p, rel, arrow in found
+        f'<a rel="{rel}" href="{up}{p.target.as_posix()}">{before}{html.escape(p.title)}{after}</a>'
+        for p, rel, before, after in found
     )
     return f'<footer class="along">{links}</footer>'
 
 
-def search_entries(page: Page, body: str) -> list[dict[str, str]]:
+def search_entries(place: Path, body: str) -> list[dict[str, str]]:
     "A page for the search: one entry for each heading, with the words below it."
     pieces = re.split(
         r'<h[1-4] id="([^"]*)"[^>]*>(.*?)</h[1-4]>', re.sub(r"<(script|style|math)\b.*?</\1>", " ", body, flags=re.S)
@@ -413,15 +537,42 @@ def search_entries(page: Page, body: str) -> list[dict[str, str]]:
     entries = []
     for anchor, head, text in zip(pieces[1::3], pieces[2::3], pieces[3::3]):
         plain = [re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", x))).strip(" ¶") for x in (head, text)]
-        place = f"{page.target.as_posix()}#{anchor}"
-        entries.append({"page": page.title, "head": plain[0], "text": plain[1][:1500], "url": place})
+        entries.append({"head": plain[0], "text": plain[1][:1500], "url": f"{place.as_posix()}#{anchor}"})
     return entries
 
 
-def preview(pages: list[Page], proc: Path, out: Path) -> None:
-    "Render the processed pages with nbconvert."
-    from nbconvert import HTMLExporter
+def distinct(body: str) -> str:
+    "Every name once: no anchor beside a heading of that name, and a repeated heading gets a number, as Quarto's do."
+    heads = set(re.findall(r'<h\d id="([^"]+)"', body))
+    body = re.sub(
+        r'(?:<p>)?<a id="([^"]+)"></a>(?:</p>)?', lambda m: "" if html.unescape(m[1]) in heads else m[0], body
+    )
+    seen: dict[str, int] = {}
+
+    def number(match: re.Match) -> str:
+        seen[match[2]] = seen.get(match[2], -1) + 1
+        name = f"{match[2]}-{seen[match[2]]}" if seen[match[2]] else match[2]
+        return f'<h{match[1]} id="{name}"{match[3].replace(f"#{match[2]}", f"#{name}")}</h{match[1]}>'
+
+    return re.sub(r'<h(\d) id="([^"]+)"(.*?)</h\1>', number, body, flags=re.DOTALL)
+
+
+@functools.cache
+def exporter():
+    "nbconvert's HTML exporter for texts of our own: it washes nothing, and adds no text where one is missing."
+    from nbconvert.exporters.html import HTMLExporter
+    from nbconvert.filters import Highlight2HTML
+    from nbconvert.filters.widgetsdatatypefilter import WidgetsDataTypeFilter
     from traitlets.config import Config
+
+    class Plain(HTMLExporter):
+        def from_notebook_node(self, nb, resources=None, **more):
+            resources = self._init_resources(resources)
+            kinds = WidgetsDataTypeFilter(notebook_metadata=self._nb_metadata, parent=self, resources=resources)
+            self.register_filter("highlight_code", Highlight2HTML(pygments_lexer="ipython3", parent=self))
+            self.register_filter("filter_data_type", kinds)
+            self.register_filter("clean_html", lambda text: text.decode() if isinstance(text, bytes) else text)
+            return super(HTMLExporter, self).from_notebook_node(nb, resources, **more)  # its own parses all again
 
     config = Config()
     config.TagRemovePreprocessor.enabled = True
@@ -429,22 +580,51 @@ def preview(pages: list[Page], proc: Path, out: Path) -> None:
     config.HTMLExporter.exclude_input_prompt = True
     config.HTMLExporter.exclude_output_prompt = True
     config.HTMLExporter.preprocessors = ["nbconvert.preprocessors.TagRemovePreprocessor"]
-    exporter = HTMLExporter(config=config, template_name="basic")
-    links = {page.source.name: page.target.name for page in pages}
+    return Plain(config=config, template_name="basic")
+
+
+def body_key(links: dict[str, str], key: str) -> str:
+    return digest(key.encode(), json.dumps(links, sort_keys=True).encode())
+
+
+def is_rendered(path: Path, links: dict[str, str], key: str) -> bool:
+    target = body_path(path)
+    return target.exists() and json.loads(target.read_text(encoding="utf-8"))["key"] == body_key(links, key)
+
+
+def render(path: Path, place: Path, links: dict[str, str], key: str) -> None:
+    "Render the processed page at `path` with nbconvert."
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        body, _ = exporter().from_notebook_node(tidy(as_notebook(path), links))
+    body = ANCHOR.sub(lambda m: m[1] + m[2].lower(), body)  # as Quarto writes them, and links expect
+    body = distinct(body)
+    entries = search_entries(Page(place, "").target, body)
+    made = dict(key=body_key(links, key), said=said.getvalue(), body=body, entries=entries)
+    body_path(path).write_text(json.dumps(made, ensure_ascii=False), encoding="utf-8")
+
+
+def body_path(path: Path) -> Path:
+    "Where the HTML of a processed page is kept."
+    return path.with_name(f".{path.name}.json")
+
+
+def preview(pages: list[Page], proc: Path, out: Path) -> None:
+    "Put the rendered pages into a site: around each the navigation, beside them what they load."
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     index: list[dict[str, str]] = []
     for page in pages:
-        body, _ = exporter.from_notebook_node(tidy(as_notebook(proc / page.source), links))
-        body = ANCHOR.sub(lambda m: m[1] + m[2].lower(), body)  # as Quarto writes them, and links expect
+        made = json.loads(body_path(proc / page.source).read_text(encoding="utf-8"))
+        if made["said"]:
+            print(f"{page.source}: {made['said'].strip()}", file=sys.stderr)
         target = part / page.target
         target.parent.mkdir(parents=True, exist_ok=True)
         up = "../" * len(page.target.parent.parts)
-        parts = dict(nav=navigation(pages, page), body=body, along=along(pages, page))
-        text = PAGE.format(title=html.escape(page.title), up=up, **parts)
-        target.write_text(text, encoding="utf-8")
-        index += search_entries(page, body)
+        parts = dict(nav=navigation(pages, page), body=contents(made["body"]), along=along(pages, page))
+        target.write_text(PAGE.format(title=html.escape(page.title), up=up, **parts), encoding="utf-8")
+        index += [dict(page=page.title, **entry) for entry in made["entries"]]
     (part / "search-index.js").write_text("window.SEARCH = " + json.dumps(index, ensure_ascii=False), encoding="utf-8")
     for name in ("preview.css", "preview.js"):
         shutil.copy2(Path(__file__).with_name(name), part / name)
@@ -461,15 +641,14 @@ def preview(pages: list[Page], proc: Path, out: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preview", action="store_true", help="use nbconvert even where Quarto is installed")
-    parser.add_argument("--process", nargs=2, type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--jobs", type=int, default=cores(), help="processes at a time; %(default)s here")
     args = parser.parse_args()
-    if args.process:
-        process(*args.process)
-        return 0
     os.chdir(ROOT)
     proc, out = ROOT / PROC, ROOT / settings().doc_path.name
-    _, pages = find_pages(proc)
-    if shutil.which("quarto") and not args.preview:
+    proc.mkdir(exist_ok=True)
+    with_quarto = shutil.which("quarto") is not None and not args.preview
+    pages = find_pages(proc, not with_quarto, args.jobs)
+    if with_quarto:
         quarto(pages, proc, out)
     else:
         if not args.preview:
@@ -477,6 +656,11 @@ def main() -> int:
         preview(pages, proc, out)
     print(f"{len(pages)} pages in {out.name}/: open {out.name}/index.html")
     return 0
+
+
+def cores() -> int:
+    "Cores that this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

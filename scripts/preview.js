@@ -20,12 +20,14 @@
   window.siteSearch = find;
 
   document.addEventListener("DOMContentLoaded", () => {
-    const at = (id) => document.getElementById(id), input = at("search"), results = at("results");
-    at("theme").addEventListener("click", () => {
+    const at = (id) => document.getElementById(id), input = at("site-search"), results = at("site-results");
+    at("site-theme").addEventListener("click", () => {
       try { localStorage.setItem("theme", root.dataset.theme === "dark" ? "light" : "dark"); } catch {}
       root.dataset.theme = root.dataset.theme === "dark" ? "light" : "dark";
     });
-    at("menu").addEventListener("click", () => at("menu").setAttribute("aria-expanded", at("pages").classList.toggle("open")));
+    at("site-menu").addEventListener("click", () => at("site-menu").setAttribute("aria-expanded", at("site-pages").classList.toggle("open")));
+    const here = document.querySelector("#site-pages [aria-current]");
+    if (here) at("site-pages").scrollTop = here.offsetTop - at("site-pages").clientHeight / 2;
     function show() {
       results.replaceChildren(...find(input.value).map((entry) => {
         const item = document.createElement("li"), link = document.createElement("a"), small = document.createElement("small");

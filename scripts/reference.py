@@ -100,7 +100,7 @@ def function(node: Function, name: str, comments: dict[int, str], level: int, li
     if names & {"property", "cached_property"}:
         kind = f": {code(ast.unparse(node.returns))}" if node.returns else ""
         return [f"**{code(name)}**{kind} · {prose(node).replace(chr(10), ' ')}", ""]
-    head = f"{'#' * level} {name.split('.')[-1]} {{#{name}}}" if level < 4 else f"**{code(name)}**"
+    head = f"{'#' * level} {name.split('.')[-1]} {{#{name}}}" if level < 3 else f"**{code(name)}**"
     lines = [head, "", "```python", signature(node, name), "```", "", prose(node), ""]
     return [*lines, *table(parameters(node.args), comments, node.returns, said), links, ""]
 
@@ -116,13 +116,13 @@ def class_page(node: ast.ClassDef, comments: dict[int, str], links: str) -> list
         if init
         else f"{node.name}({', '.join(n if d is None else f'{n}={ast.unparse(d)}' for n, _, d in own)})"
     )
-    lines = [f"### {node.name} {{#{node.name}}}", "", "```python", call, "```", "", prose(node), ""]
+    lines = [f"## {node.name} {{#{node.name}}}", "", "```python", call, "```", "", prose(node), ""]
     lines += [f"Is a {code(bases)}.", ""] if bases else []
     lines += table(parameters(init.args), comments) if init else table(own, comments)
     lines += [links, ""]
     for method in methods:
         if method.name[0] != "_" or method.name == "__call__":
-            lines += function(method, f"{node.name}.{method.name}", comments, 4, "")
+            lines += function(method, f"{node.name}.{method.name}", comments, 3, "")
     return lines
 
 
@@ -146,7 +146,7 @@ def module_page(path: Path, git: str) -> tuple[str, list[tuple[str, str, str]]]:
         links = f"[source]({git}/{PACKAGE}/{path.name}#L{getattr(node, 'lineno', 1)}) · {lesson}"
         name = getattr(node, "name", "")
         if name in wanted and isinstance(node, Function):
-            lines += function(node, name, comments, 3, links)
+            lines += function(node, name, comments, 2, links)
         elif name in wanted and isinstance(node, ast.ClassDef):
             lines += class_page(node, comments, links)
         elif isinstance(node, ast.Assign | ast.AnnAssign):
@@ -165,7 +165,7 @@ def module_page(path: Path, git: str) -> tuple[str, list[tuple[str, str, str]]]:
         kind = "class" if isinstance(node, ast.ClassDef) else "function"
         found.append((name, kind, (ast.get_docstring(node) or "").split("\n")[0]))
     if constants:
-        lines += ["### Constants {#constants}", "", "| name | value | meaning |", "|---|---|---|", *constants, ""]
+        lines += ["## Constants {#constants}", "", "| name | value | meaning |", "|---|---|---|", *constants, ""]
     lead = (ast.get_docstring(tree) or "").split("\n")[0]
     front = ["---", f"title: {title}", f'description: "{lead.replace(chr(34), chr(39))}"', "---", ""]
     intro = [f"`from {PACKAGE}.{title} import …`, or from the package root. The {lesson} develops it.", ""]

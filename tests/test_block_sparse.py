@@ -605,6 +605,19 @@ def test_a_plan_computes_every_block_once(seed, rows, past, density, swapped):
         assert (seen == (want & np.tri(rows, cols, past, dtype=bool) if is_causal else want)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_short_rows_of_a_causal_window_are_one_call_for_each_length(dtype):
+    n = 1500
+    made = block_pattern("local_window", n, sparsity_ratio=0.4, is_causal=True)
+    lists = block_plan.Lists(made.kv_num_blocks[0, 0].numpy().astype(int), made.kv_indices[0, 0].numpy())
+    assert lists.split(0, True)[0].stride() == 1
+    portions = block_plan.plan((lists,), 0, made.rows, True, False, 8, 16, False, 8)
+    assert sorted(b.cols.k for p in portions for b in p.batches) == sorted(set(lists.num.tolist()))
+    assert all(b.cols.step >= 0 and b.rows.run for p in portions for b in p.batches)  # views, no copies
+    q, k, v = make_qkv(1, n, 2, 16, kv_heads=1, dtype=dtype)
+    held(q, k, v, made, True)
+
+
 def test_plans_of_the_same_content_are_made_once():
     made = make_pattern("strided", 2048, True)
     block_plan._small_plan.cache_clear()

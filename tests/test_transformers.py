@@ -1,5 +1,7 @@
 "Hugging Face models with dilated attention: small ones, randomly initialised, made from configs."
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,6 +14,8 @@ from transformers import (  # noqa: E402
     BartModel,
     BertConfig,
     BertModel,
+    BloomConfig,
+    BloomModel,
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
@@ -270,3 +274,26 @@ def test_cross_attention_is_refused():
     for n in (20, 50):  # as many queries as keys, too
         with pytest.raises(ValueError, match=f"not be cross-attention, got {n} queries for 50 keys in BartAttention"):
             model(tokens(), decoder_input_ids=tokens(n=n))
+
+
+def test_a_model_that_computes_attention_itself_is_refused():
+    "Its own arithmetic on our mask would lose causality in silence."
+    torch.manual_seed(0)
+    config = BloomConfig(hidden_size=64, n_layer=1, n_head=4, vocab_size=99)
+    model = BloomModel._from_config(config, attn_implementation="dilated").eval()
+    for mask in (None, (torch.arange(50) >= torch.tensor([[0], [3]])).long()):
+        with pytest.raises(ValueError, match="the mask must be handed to the attention as it is"):
+            model(tokens(), attention_mask=mask)
+
+
+def test_a_mask_that_is_too_short_is_refused():
+    for kind in MODELS:
+        with pytest.raises(ValueError, match="attention_mask must cover all 50 tokens, got 40"):
+            make(kind)(tokens(), attention_mask=torch.ones(2, 40).long())
+
+
+def test_device_and_dtype_of_the_config_are_checked():
+    for field, value in dict(dtype=torch.bfloat16, device=torch.device("meta")).items():
+        register_with_transformers("dilated_placed", replace(DILATED, **{field: value}))
+        with pytest.raises((TypeError, ValueError), match=f"query must be .*{value} as the config says"):
+            make("llama", "dilated_placed")(tokens())

@@ -175,16 +175,16 @@
         if (top) parts.push(`<rect x="${j + 0.06}" y="${i + 0.06}" width=".88" height=".88" fill="${colour(top.branch)}" opacity="${Math.max(0.15, Math.sqrt(Math.min(1, share))).toFixed(2)}"/>`);
       }
     const what = `Mask of head ${head}: ${o.n} tokens${step > 1 ? `, ${step} to a cell` : ""}`;
-    return `<h3>${what}</h3><svg id="explorer-mask" viewBox="0 0 ${rows} ${rows}" role="img" aria-label="${what}; rows are queries, columns keys"><rect class="paper" width="${rows}" height="${rows}"/>${parts.join("")}</svg>`;
+    return `<h2>${what}</h2><svg id="explorer-mask" viewBox="0 0 ${rows} ${rows}" role="img" aria-label="${what}; rows are queries, columns keys"><rect class="paper" width="${rows}" height="${rows}"/>${parts.join("")}</svg>`;
   }
 
   function reachPicture(o, token) {
-    if (o.n > 1024) return `<h3>Receptive field</h3><p>Drawn for up to 1,024 tokens. No token sees beyond the longest segment, ${Math.max(...o.lengths).toLocaleString("en")} tokens, however many layers there are.</p>`;
+    if (o.n > 1024) return `<h2>Receptive field</h2><p>Drawn for up to 1,024 tokens. No token sees beyond the longest segment, ${Math.max(...o.lengths).toLocaleString("en")} tokens, however many layers there are.</p>`;
     const rows = reached(o, token, Math.min(o.layers, 12)), parts = [], height = Math.max(1, o.n / 24);
     rows.forEach((row, i) => row.forEach((seen, j) => { if (seen) parts.push(`<rect x="${j}" y="${i * height}" width="1" height="${height * 0.86}" fill="${i ? colour((i - 1) % 7) : "currentColor"}"/>`); }));
     const counts = rows.map((row) => row.reduce((a, b) => a + b, 0));
     const body = counts.map((c, i) => `<tr><td>${i}</td><td>${c}</td><td>${((100 * c) / o.n).toFixed(0)} %</td></tr>`).join("");
-    return `<h3>Receptive field of token ${token}</h3><svg id="explorer-reach" viewBox="0 0 ${o.n} ${rows.length * height}" role="img" aria-label="Inputs that token ${token} depends on: after ${rows.length - 1} layers ${counts.at(-1)} of ${o.n}"><rect class="paper" width="${o.n}" height="${rows.length * height}"/>${parts.join("")}</svg><table><tr><th>layers</th><th>tokens reached</th><th>share</th></tr>${body}</table>`;
+    return `<h2>Receptive field of token ${token}</h2><svg id="explorer-reach" viewBox="0 0 ${o.n} ${rows.length * height}" role="img" aria-label="Inputs that token ${token} depends on: after ${rows.length - 1} layers ${counts.at(-1)} of ${o.n}"><rect class="paper" width="${o.n}" height="${rows.length * height}"/>${parts.join("")}</svg><table><tr><th>layers</th><th>tokens reached</th><th>share</th></tr>${body}</table>`;
   }
 
   function draw() {
@@ -199,7 +199,7 @@
       return;
     }
     const mine = new Set(branchesOf(o, head).map(([g]) => g));
-    const legend = o.lengths.map((w, g) => `<span${mine.has(g) ? "" : ' style="opacity:.45"'}><i style="background:${colour(g)}"></i>w = ${w}, r = ${o.rates[g]}</span>`).join("");
+    const legend = o.lengths.map((w, g) => `<span${mine.has(g) ? "" : ' class="other" title="not of this head"'}><i style="background:${colour(g)}"></i>w = ${w}, r = ${o.rates[g]}</span>`).join("");
     show.innerHTML = `<table id="explorer-numbers" aria-live="polite"><tr><th></th><th>dilated</th><th>dense</th><th>dilated / dense</th></tr>` +
       [["forward pass", flop, flops(o), denseFlops(o)], ["key/value cache", size, cacheBytes(o), fullCacheBytes(o)]].map(([what, unit, a, b]) =>
         `<tr><td>${what}</td><td>${unit(a)}</td><td>${unit(b)}</td><td>${(a / b).toPrecision(3)}</td></tr>`).join("") +

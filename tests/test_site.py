@@ -1,0 +1,182 @@
+"""The site: its explorer says what the package says, both builds list the same pages, the browser test finds faults."""
+
+import asyncio
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+import check_site  # noqa: E402
+import docs  # noqa: E402
+import explorer  # noqa: E402
+
+sys.path.pop(0)
+
+needs_node = pytest.mark.skipif(not shutil.which("node"), reason="no Node here; `make test-site` compares in a browser")
+CHROMIUM = next(filter(None, map(shutil.which, check_site.NAMES)), None) or os.environ.get("CHROMIUM")
+needs_browser = pytest.mark.skipif(not CHROMIUM, reason="no Chromium here; .ci/run installs it")
+
+
+# ---- the explorer ----------------------------------------------------------------------------------------------------
+
+
+@needs_node
+def test_the_explorer_computes_what_the_package_computes():
+    "Masks, receptive fields, FLOPs and bytes of drawn settings, and which settings are refused: equal, not close."
+    asked = explorer.settings(40, seed=1)
+    said = explorer.in_node(asked)
+    assert 0 < sum(x["refused"] for x in said) < len(asked) / 2
+    assert explorer.differences(asked, said) == []
+
+
+@needs_node
+@pytest.mark.parametrize(
+    "right,wrong,name",
+    [
+        ("Math.floor(x / w) * inside(w)", "Math.floor(x / w) * inside(w - 1)", "mask"),
+        ("const triangle = (c) => (c * (c + 1)) / 2", "const triangle = (c) => (c * (c - 1)) / 2", "flops"),
+        ("(i % w) % r === s", "i % r === s", "reached"),
+        ("Math.ceil(Math.min(o.lengths[g], o.n) / r)", "Math.floor(Math.min(o.lengths[g], o.n) / r)", "cache"),
+        ("if (o.heads % o.kvHeads) return", "if (false) return", "refused"),
+    ],
+)
+def test_a_wrong_explorer_is_found(right, wrong, name):
+    text = explorer.SCRIPT.read_text(encoding="utf-8")
+    assert text.count(right) == 1
+    asked = explorer.settings(20, seed=1)[:20]
+    found = explorer.differences(asked, explorer.in_node(asked, text.replace(right, wrong)))
+    assert any(line.startswith(name) for line in found)
+
+
+# ---- the pages -------------------------------------------------------------------------------------------------------
+
+
+def pages() -> list:
+    "All pages of the site, without making them."
+    places = [s.relative_to(ROOT) for s in docs.find_sources()]
+    places += [Path("reference/index.qmd"), *(Path("reference") / f"{m.stem}.qmd" for m in docs.modules())]
+    return [docs.Page(place, place.stem) for place in places]
+
+
+def test_quarto_and_the_preview_list_the_same_pages_in_the_same_order():
+    there = pages()
+    made = docs.quarto_settings(there, "_docs")
+    assert sorted(made["nbdev.yml"]["project"]["render"]) == sorted(p.source.as_posix() for p in there)
+    listed: list[str] = []
+    for item in made["sidebar.yml"]["website"]["sidebar"]["contents"]:
+        listed += item["contents"] if isinstance(item, dict) else [item]
+    by_source = {p.source.as_posix(): p.target.as_posix() for p in there}
+    shown = re.findall(r'<a href="([^"]+)"', docs.navigation(there, there[0]))
+    assert [by_source[name] for name in listed] == shown
+    assert sorted(listed) == sorted(by_source) and len(set(shown)) == len(shown)
+
+
+def test_what_readers_were_promised_is_in_the_navigation():
+    "Guides, reference, defects, benchmarks and lab log, each under its heading."
+    found = {name: [p.source.as_posix() for p in group] for name, group in docs.sections(pages()).items()}
+    for name, wanted in {
+        "": ["index.ipynb"],
+        "Tutorial": ["nbs/00_config.ipynb", "nbs/06_dilated.ipynb", "nbs/16_distributed.ipynb"],
+        "Guides": [
+            "nbs/explanations/variants.qmd",
+            "nbs/explanations/explorer.qmd",
+            "nbs/explanations/cluster.qmd",
+            "nbs/examples/gigapath.ipynb",
+            "nbs/examples/huggingface.ipynb",
+            "nbs/explanations/migration.ipynb",
+        ],
+        "API reference": ["reference/index.qmd", "reference/masking.qmd"],
+        "Results": ["nbs/17_benchmarks.ipynb", "nbs/18_defects.ipynb", "nbs/explanations/lab_log.qmd"],
+    }.items():
+        assert set(wanted) <= set(found[name]), name
+    assert sum(map(len, found.values())) == len(pages())
+
+
+def test_a_page_is_made_again_when_what_it_imports_changed(tmp_path):
+    "Modules that it imports, directly or not, and its own; for the root, all."
+    package = tmp_path / "dilated_attention_nb"
+    package.mkdir()
+    for name, text in dict(a="", b="from dilated_attention_nb.a import x", c="", __init__="").items():
+        (package / f"{name}.py").write_text(text)
+
+    def names(text: str) -> list[str]:
+        return [path.stem for path in docs.imported(text, package)]
+
+    assert names("from dilated_attention_nb.b import y") == ["a", "b"]
+    assert names("#| default_exp c\\n") == ["c"]
+    assert names("import torch") == []
+    assert names("from dilated_attention_nb import y") == ["__init__", "a", "b", "c"]
+
+
+def test_links_of_names_lead_to_headings():
+    "nbdev links every name of the index; private ones and methods have no heading on the page."
+    text = "[`_run`](../nbs/a.html#_run), [`A.f`](../nbs/a.html#a.f), [`A`](../nbs/a.html#a), [text](../nbs/a.html#a.f)"
+    wanted = "`_run`, [`A.f`](../nbs/a.html#a), [`A`](../nbs/a.html#a), [text](../nbs/a.html#a.f)"
+    assert docs.plain_links(text) == wanted
+
+
+def test_names_stand_once_on_a_page():
+    body = '<a id="a"></a>\n<h2 id="a">A<a href="#a">x</a></h2><p><a id="b"></a></p><h2 id="a">A<a href="#a">x</a></h2>'
+    wanted = '\n<h2 id="a">A<a href="#a">x</a></h2><p><a id="b"></a></p><h2 id="a-1">A<a href="#a-1">x</a></h2>'
+    assert docs.distinct(body) == wanted
+
+
+# ---- the browser test ------------------------------------------------------------------------------------------------
+
+FAULTS = {
+    '<a href="gone.html">x</a>': "there is no nbs/gone.html",
+    '<a href="#gone">x</a>': "nothing there is called #gone",
+    '<a href="GIT/blob/main/gone.py">x</a>': "the repository has no gone.py",
+    '<a href="GIT/blob/main/setup.py#L99999">x</a>': "setup.py is shorter",
+    '<img src="gone.png" alt="x">': "image not drawn",
+    '<img src="data:image/gif;base64,R0lGODlhAQABAAAAACw=">': "image without a description",
+    "<script>console.error('so')</script>": "console: so",
+    "<script>throw new Error('thus')</script>": "error in a script: thus",
+    '<script src="https://example.org/x.js"></script>': "asks another host: https://example.org/x.js",
+    "<div style='width: 600px'>wide</div>": "phone: scrolls sideways",
+    "<p style='color: #888'>pale</p>": "light: contrast 3.54",
+    "<p style='color: #555'>dim</p>": "dark: contrast",
+    "<p style='font-size: 9px'>small</p>": "text of 9.0 pixels",
+    "<h4>deep</h4>": "of level 4 below one of level 1",
+    "<h1>second</h1>": "2 first headings",
+    "<button></button>": "a control without a name",
+    '<i id="site-menu"></i>': "two elements are called #site-menu",
+    "<svg></svg>": "a drawing without a description",
+}
+
+
+@needs_browser
+def test_the_browser_test_finds_faults_and_only_faults(tmp_path):
+    "A small site: of each fault a page, one page that is right, and one that nothing leads to."
+    git = docs.settings().git_url
+    good = (
+        '<table><tr><td style="min-width: 900px">wide in its box</td></tr></table><p><a href="#head">to the top</a></p>'
+    )
+    bodies = [good, *(fault.replace("GIT", git) for fault in FAULTS)]
+    sources = [Path("index.ipynb"), *(Path(f"nbs/{i:02}_page{i}.ipynb") for i in range(1, len(bodies)))]
+    there = [docs.Page(place, f"Title{i}") for i, place in enumerate(sources)]
+    for page, body in zip(there, bodies):
+        made = dict(key="", said="", body=f'<h1 id="head">{page.title}</h1>{body}')
+        made["entries"] = [dict(head=page.title, text="", url=f"{page.target.as_posix()}#head")]
+        path = docs.body_path(tmp_path / "proc" / page.source)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(docs.json.dumps(made))
+    site = tmp_path / "site"
+    docs.preview(there, tmp_path / "proc", site)
+    (site / "lost.html").write_text((site / "index.html").read_text().replace(' aria-current="page"', "", 1))
+    report = asyncio.run(check_site.run(site, 2, 0, None))
+    for page, said in zip(there[1:], FAULTS.values()):
+        assert any(said in line for line in report.wrong[page.target.as_posix()]), (said, report.wrong)
+    assert len(report.wrong["index.html"]) == 1 and "misses lost.html" in report.wrong["index.html"][0]
+    assert "phone: the menu does not show where one is" in report.wrong["lost.html"]
+
+
+def test_without_a_browser_one_sentence_says_what_is_needed(monkeypatch):
+    monkeypatch.setenv("CHROMIUM", "/nowhere/chromium")
+    with pytest.raises(SystemExit, match="no /nowhere/chromium here: install it .*apt-get install chromium"):
+        check_site.find_chromium()
