@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from dilated_attention_nb.benchmarks import environment
+from dilated_attention_nb.benchmarks import environment, run_sections
 
 RESULTS = Path(__file__).with_name("elastic.json")
 STEPS, EVERY, KILL_AFTER = 60, 15, 38
@@ -69,16 +69,20 @@ def watched(folder: Path) -> list[list[Any]]:
     return events
 
 
-def main() -> None:
+def restart() -> dict[str, Any]:
+    "A worker that is killed, and what the run makes of it."
     with TemporaryDirectory() as folder:
         events = watched(Path(folder))
         size = sum(path.stat().st_size for path in Path(folder, f"step-{STEPS:08}").iterdir())
     line = "seconds since torchrun began, what, number (of the attempt, step or checkpoint; killed: the rank)"
-    about = environment() | {"threads": 1, "dtype": "float32", "command": f"torchrun {COMMAND}", "line": line}
-    RESULTS.write_text(json.dumps(about | {"checkpoint_bytes": size, "events": events}, indent=1) + "\n")
     times = {(what, number): at for at, what, number in events}
     print({key: times[key] for key in times if key[0] != "step"})
+    about = {"dtype": "float32", "command": f"torchrun {COMMAND}", "line": line}
+    return about | {"checkpoint_bytes": size, "events": events}
+
+
+SECTIONS = {"restart": restart}
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_sections(__doc__, RESULTS, SECTIONS, origin=lambda: environment() | {"threads": 1}))

@@ -210,7 +210,7 @@ RESULTS = sorted((ROOT / "benchmarks").glob("*.json"))
 SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
 APART = {  # what they store is looked at, not compared: events, single runs of training, seconds and bytes of a model
     ("ring", "trace"), ("block_sparse_ring", "trace"), ("comparison", "quality"), ("distributed", "time"),
-    ("distributed", "bytes"),
+    ("distributed", "bytes"), ("elastic", "restart"),
 }  # fmt: skip
 STORED = [(p.stem, name) for p in RESULTS if p.with_suffix(".py") in SCRIPTS for name in read_results(p)]
 
