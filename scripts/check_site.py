@@ -306,8 +306,8 @@ async def run(site: Path, workers: int, count: int, shots: Path | None) -> Repor
 
     report = Report()
     places = find_pages(site)
-    if not places:
-        raise SystemExit(f"there is no page in {site}")
+    if "index.html" not in places:
+        raise SystemExit(f"there is no index.html in {site}")
     preview = (site / "preview.js").exists()
     if not preview:
         report.notes.append("by Quarto: search, reading order and themes are its own and were not checked")
@@ -333,7 +333,7 @@ async def run(site: Path, workers: int, count: int, shots: Path | None) -> Repor
 
             await asyncio.gather(*(work() for _ in range(workers)))
             report.pages = {place: report.pages[place] for place in places if place in report.pages}
-            if preview:
+            if preview and "index.html" in report.pages:  # else it is among what is wrong
                 await ask_site(browser, home, report)
             for place in [p for p in places if p.endswith("explorer.html")]:
                 await ask_explorer(browser, home, place, report, count)
