@@ -31,6 +31,7 @@ GENERATED = (
     "runs/",
     "config.json",
     "model.safetensors",
+    "losses.jsonl",
     "metrics.jsonl",
     "results.json",
     "sample.txt",
