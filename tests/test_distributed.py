@@ -450,7 +450,7 @@ def steps_taken(folder: Path) -> list[tuple[int, int]]:
 
 
 def test_a_death_while_writing_leaves_the_last_good_checkpoint_to_another_number_of_ranks(tmp_path):
-    with pytest.raises(RuntimeError, match="rank 1"):
+    with pytest.raises(RuntimeError, match="rank [01] of 2"):  # the dead one, or the one that misses it
         spawn_gloo(elastic_worker, 2, DistributedConfig(**SP, **FSDP), str(tmp_path / "cut"), 20, True)
     good, broken = sorted(p for p in (tmp_path / "cut").glob("step-*"))
     assert [good.name, broken.name] == ["step-00000002", "step-00000004.part"]
