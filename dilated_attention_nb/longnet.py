@@ -28,6 +28,7 @@ from dilated_attention_nb.config import (
     check_config,
     check_dropout,
     check_flag,
+    check_heads,
     check_home,
     check_int,
     check_positive,
@@ -86,6 +87,7 @@ class LongNetConfig(Config):
         shared = ("embed_dim", "num_heads", "num_kv_heads", "layer_norm_eps", "segment_lengths", "dilation_rates")
         for part in (self.multihead_config, self.attention_config):  # which check what they are given
             self._store(**{name: getattr(part, name) for name in shared if hasattr(part, name)})
+        check_heads(self.num_heads, len(self.segment_lengths), self.mixing)
         if self.position == "xpos" and self.scale_base < self._safe_base:
             rule = f"be at least {math.ceil(self._safe_base)} for segments that repeat every {self.window} tokens"
             raise ValueError(complaint("xpos_scale_base", rule, self.scale_base, "less overflows; None picks it"))
