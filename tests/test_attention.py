@@ -422,7 +422,7 @@ def test_tf32_is_set_within_and_put_back():
         for allowed in (False, True):
             matmul.fp32_precision = before
             inside = matmul.fp32_precision
-            with pytest.raises(KeyError), improved._tf32(allowed, fake):
+            with pytest.raises(KeyError), partial.tf32(allowed, fake):
                 assert matmul.fp32_precision == ("tf32" if allowed else "ieee")
                 raise KeyError
             assert matmul.fp32_precision == inside
