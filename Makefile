@@ -10,7 +10,7 @@
 #   make docs        build the site into _docs/
 #   make test-site   build what is missing or older of it, and open every page in headless Chromium (needs chromium)
 #   make bench       run the benchmarks and store their figures (BENCHMARKS=benchmarks/core.py ARGS=floor: a part)
-#   make bench-check   measure a few quick sections again and say what is worse than what is stored
+#   make bench-check   measure two sections again (ten minutes) and say what is worse than what is stored
 #   make lock        renew constraints.txt from what is installed
 #
 # PYTHON=python3.12 make test   uses another interpreter for a new .venv
@@ -87,6 +87,7 @@ bench: $(READY)
 
 bench-check: $(READY)
 	$(BIN)/python benchmarks/comparison.py --check quick
+	$(BIN)/python benchmarks/core.py --check floor
 
 lock: $(READY)
 	@head -2 constraints.txt > constraints.new

@@ -14,10 +14,12 @@ from hypothesis import given
 
 from dilated_attention_nb import benchmarks
 from dilated_attention_nb.benchmarks import (
+    FORWARD_ONLY,
     LABELS,
-    LONG,
-    LONGEST,
+    LARGE,
     NOTES,
+    REACH,
+    SQUARE,
     WINDOW,
     WORSE,
     Limits,
@@ -27,8 +29,10 @@ from dilated_attention_nb.benchmarks import (
     from_diagonal,
     in_turn,
     label,
+    left_out,
     measure_limits,
     method,
+    missing_rows,
     ratio,
     read_results,
     regressions,
@@ -205,11 +209,30 @@ def test_sections_are_stored_one_by_one_and_checked(tmp_path, capsys):
     assert "no section a to compare with" in capsys.readouterr().err
 
 
+def test_a_check_on_another_machine_is_refused_before_it_measures(tmp_path, capsys):
+    file = tmp_path / "r.json"
+    file.write_text(json.dumps({"a": ORIGIN | {"processor": "another", "rows": [{"n": 1, "ratio": 1.0}]}}))
+    with pytest.raises(SystemExit):
+        run_sections("About.", file, {"a": lambda: 1 / 0}, ["--check"])
+    assert "a: processor must be that of the stored section" in capsys.readouterr().err
+
+
+def test_what_is_no_longer_measured_is_said(tmp_path, capsys):
+    file, ns = tmp_path / "r.json", iter([(1, 2), (1,)])
+    sections = {"a": lambda: {"rows": [{"n": n, "ratio": 1.0} for n in next(ns)] + [{"n": 9, "left_out": "slow"}]}}
+    assert run_sections("About.", file, sections, []) == 0
+    assert run_sections("About.", file, sections, ["--check"]) == 0
+    out = capsys.readouterr().out
+    assert "not measured again: a, n 2" in out and "n 9" not in out
+    assert missing_rows({"rows": [{"n": 1, "share": 1.0}]}, {"rows": [{"n": 1, "share": 2.0}]}) == []
+
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = sorted((ROOT / "benchmarks").glob("*.json"))
 SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
 APART = {  # what they store is looked at, not compared: events, single runs of training, seconds and bytes of a model
-    ("ring", "trace"), ("block_sparse_ring", "trace"), ("comparison", "quality"), ("distributed", "time"),
+    ("ring", "trace"), ("block_sparse_ring", "trace"), ("comparison", "quality"), ("comparison", "quality_steps"),
+    ("distributed", "time"),
     ("distributed", "bytes"), ("elastic", "restart"),
 }  # fmt: skip
 STORED = [(p.stem, name) for p in RESULTS if p.with_suffix(".py") in SCRIPTS for name in read_results(p)]
@@ -295,25 +318,49 @@ def test_equal_budgets_are_equal(real, wrong):
         assert [i for n, i, _ in seen if n == length] == list(range(order.count(length)))
 
 
-def test_long_lengths_leave_out_what_they_say(monkeypatch):
+def test_what_is_left_out_says_why():
+    assert left_out("dense", 131_072, False) == "" and left_out("dense", 262_144, False) == SQUARE
+    assert left_out("flex", 4096, False) == "" and left_out("flex", 4096, True) == FORWARD_ONLY
+    assert left_out("standard", 2_097_152, False) == LARGE
+    assert not any(left_out("improved", 2**p, p < 21) for p in range(22))
+
+
+def test_every_method_has_a_row_and_is_related_to_dense_attention(monkeypatch):
     comparison = script(ROOT / "benchmarks/comparison.py")
-    monkeypatch.setattr(
-        comparison, "LONG", {"dense": (256, "too slow"), "improved": (1024, ""), WINDOW: (512, "large")}
-    )
-    rows = list(comparison.timed_long((256, 512), "forward"))
+    reach = {"dense": (256, 128, "too slow"), "improved": (1024, 512, ""), WINDOW: (512, 0, "large")}
+    monkeypatch.setattr(benchmarks, "REACH", reach)
+    monkeypatch.setattr(comparison, "REACH", reach)
+    monkeypatch.setattr(comparison, "SHORT", 64)
+    rows = list(comparison.timed((256, 512), ("forward",), torch.float32, lambda n: 0, same=False))
     assert [(r["n"], r["method"], "ms" in r, r.get("left_out")) for r in rows] == [
         (256, "dense", True, None), (256, "improved", True, None), (256, WINDOW, True, None),
         (512, "dense", False, "too slow"), (512, "improved", True, None), (512, WINDOW, True, None),
     ]  # fmt: skip
-    assert [r["ratio"] for r in rows if r["method"] == "improved"] == [1.0, 1.0]
-    (row,) = [r for r in comparison.timed_long((256,), "forward+backward") if "ms" in r]
-    assert row["method"] == "improved" and label(rows[3]) == "n 512, what forward, method dense"
+    assert all("ratio" in r for r in rows if "ms" in r) and label(rows[3]) == "n 512, what forward, method dense"
+    rows = list(comparison.timed((128,), comparison.BOTH, torch.float32, lambda n: 1))
+    assert [r["ratio"] for r in rows if r["method"] == "dense"] == [1.0, 1.0]
+    assert [r["method"] for r in rows if "ms" in r] == ["dense", "improved", WINDOW, "dense", "improved"]
+
+
+def test_a_slower_library_is_named(monkeypatch):
+    "What `make bench-check` looks at is related to what no change of the library moves."
+    comparison = script(ROOT / "benchmarks/comparison.py")
+    pace = {name: 1.0 for name in REACH}
+    monkeypatch.setattr(comparison, "passes", lambda n, dtype, both, names: {name: name for name in names})
+    monkeypatch.setattr(comparison, "in_turn", lambda runs, repeats: {name: [pace[name]] for name in runs})
+    stored = ORIGIN | comparison.quick()
+    pace["improved"] = 1.5
+    assert {r.row.split(", method ")[1] for r in regressions("quick", stored, ORIGIN | comparison.quick())} == {
+        "improved"
+    }
+    pace["improved"] = 0.5
+    assert not list(regressions("quick", stored, ORIGIN | comparison.quick()))
 
 
 def test_labels_and_methods():
     assert label({"n": 8, "rho": 0.1, "ratio": 1.0, "ms": 2.0, "dtype": "float32"}) == "n 8, rho 0.1, dtype float32"
     q, k, v = make_qkv(1, 256, 2, 8)
-    for name in {*LONGEST, *LONG} - {"flex"}:
+    for name in REACH.keys() - {"flex"}:
         assert method(name, 256, 2, True)(q, k, v).shape == q.shape
     with pytest.raises(ValueError, match="name must be one of dense"):
         method("sparse", 256, 2, True)
