@@ -41,9 +41,9 @@ def causal_mask() -> dict[str, Any]:
     for n in (128, 256, 512, 1024):
         assert torch.equal(looped(n), vectorised(n, n))
         runs = {"loop": lambda n=n: looped(n), "vectorised": lambda n=n: vectorised(n, n)}
-        t = medians(in_turn(runs, 3))
-        row = {"n": n, "loop_ms": t["loop"] * 1e3, "vectorised_ms": t["vectorised"] * 1e3}
-        rows.append(row | {"speedup": t["loop"] / t["vectorised"]})
+        seconds = in_turn(runs, 3)
+        row = {"n": n} | {f"{name}_ms": t * 1e3 for name, t in medians(seconds).items()}
+        rows.append(row | {"speedup": ratio(seconds, "loop", "vectorised")})
     return {"rows": rows}
 
 
@@ -127,9 +127,9 @@ def dense() -> dict[str, Any]:
                 else (lambda f=f, x=(q, k, v): f(x))
                 for name, f in (("dilated", ours), ("dense", theirs))
             }
-            seconds = medians(in_turn(runs, 3 if n < 65_536 or not both else 1))
-            row = {"n": n, "what": what, "speedup": seconds["dense"] / seconds["dilated"]}
-            rows.append(row | {f"{name}_ms": t * 1e3 for name, t in seconds.items()})
+            seconds = in_turn(runs, 3 if n < 65_536 or not both else 1)
+            row = {"n": n, "what": what, "speedup": ratio(seconds, "dense", "dilated")}
+            rows.append(row | {f"{name}_ms": t * 1e3 for name, t in medians(seconds).items()})
             print(rows[-1], flush=True)
     about = {"heads": H, "head_dim": D, "dtype": "bfloat16", "causal": True, "mixing": "softmax"}
     return about | {"segment_lengths": LENGTHS, "dilation_rates": RATES, "rows": rows}
