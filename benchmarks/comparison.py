@@ -35,6 +35,7 @@ from dilated_attention_nb.benchmarks import (
     method,
     one_call,
     ratio,
+    read_results,
     run_sections,
     show_rows,
     torchscale_attention,
@@ -198,44 +199,7 @@ class Detached(torch.nn.Module):
         return torchscale_attention(q, k, v, c.segment_lengths, c.dilation_rates, is_causal, self.exact)
 
 
-SECONDS, CONTEXT = 120.0, 16_384
-
-
-def budget_plan(
-    stage: int, taken: list[int], seconds: list[float], elapsed: float, budget: float, context: int
-) -> tuple[tuple[int, int], ...]:
-    "Steps taken in each stage, and as many more, from `stage` on, as end within each stage's share of the budget."
-    from dilated_attention_nb.training import STAGES
-
-    plan, end = [], 0.0
-    for i, (part, share) in enumerate(STAGES):
-        end += share * budget
-        more = max(0, int((end - elapsed) / seconds[i] + 1e-9)) if i >= stage else 0
-        elapsed += more * seconds[i]
-        plan.append((context // part, taken[i] + more))
-    return tuple(plan)
-
-
-def train_for(
-    budget: float, seconds: list[float], take: Callable[[Any, int], None], clock: Callable[[], float], context: int
-) -> tuple[int, float]:
-    """Take steps of all stages until no more fits into the budget; returns their number and the time that they took.
-
-    The plan is made anew before every step, from what the steps of its stage took so far. So the last one ends less
-    than one step, the longest, before the time is over, and the rates of learning have then come down as planned.
-    """
-    taken, spent, stage, begin = [0 for _ in seconds], [0.0 for _ in seconds], 0, clock()
-    while True:
-        elapsed = clock() - begin
-        each = [s / n if n else first for s, n, first in zip(spent, taken, seconds)]
-        plan = budget_plan(stage, taken, each, elapsed, budget, context)
-        while stage < len(plan) and plan[stage][1] == taken[stage]:
-            stage += 1
-        if stage == len(plan):
-            return sum(taken), elapsed
-        take(plan, sum(taken))
-        spent[stage] += clock() - begin - elapsed
-        taken[stage] += 1
+SECONDS, CONTEXT = 60.0, 16_384  # of CPU time
 
 
 class Demo:
@@ -243,26 +207,28 @@ class Demo:
 
     def __init__(self, shape: dict[str, Any], attention: Callable[[], torch.nn.Module] | None, seed: int = 0) -> None:
         from dilated_attention_nb.longnet import LongNetConfig
-        from dilated_attention_nb.training import DEFAULTS, VOCAB, TrainingConfig, fast_dtype, read_corpus
+        from dilated_attention_nb.training import (
+            DEFAULTS,
+            VOCAB,
+            TrainingConfig,
+            fast_dtype,
+            make_model,
+            make_optimizers,
+            read_corpus,
+        )
 
         wanted = {"segment_lengths": DEFAULTS["segments"], "dilation_rates": DEFAULTS["rates"]} | shape
         model_config = LongNetConfig(
             DEFAULTS["width"], DEFAULTS["layers"], DEFAULTS["heads"], vocab_size=VOCAB, position="rope",
             tie_embeddings=False, bias=False, **wanted,
         )  # fmt: skip
-        self.attention, self.corpus = attention, read_corpus()
+        self.corpus = read_corpus()
         self.config = TrainingConfig(
             model_config, self.corpus.digest, (), context=CONTEXT, dtype=fast_dtype("cpu"), seed=seed
         )
-        self.restart()
-
-    def restart(self) -> None:
-        "As it was before the first step."
-        from dilated_attention_nb.training import make_model, make_optimizers
-
         self.model: Any = make_model(self.config)
-        for layer in self.model.decoder.layers if self.attention else ():
-            layer.self_attn.attention = self.attention()  # type: ignore[misc]
+        for layer in self.model.decoder.layers if attention else ():
+            layer.self_attn.attention = attention()  # type: ignore[misc]
         self.optimizers = make_optimizers(self.model, self.config)
 
     def take(self, plan: Any, step: int) -> None:
@@ -270,21 +236,6 @@ class Demo:
         from dilated_attention_nb.training import train_step
 
         train_step(self.model, self.optimizers, replace(self.config, plan=plan), self.corpus.train, step)
-
-    def seconds_a_step(self) -> list[float]:
-        "CPU time of the fastest of three steps in each stage; the model is as before."
-        from dilated_attention_nb.training import STAGES
-
-        found = []
-        for part, _ in STAGES:
-            times = []
-            for step in range(4):
-                begin = time.process_time()
-                self.take(((CONTEXT // part, 4),), step)
-                times.append(time.process_time() - begin)
-            found.append(min(times[1:]))
-        self.restart()
-        return found
 
     def held_out(self) -> dict[str, float]:
         "Bits per byte of held-out text, with the whole context and with 1,024 tokens."
@@ -327,47 +278,69 @@ def demos() -> dict[str, tuple[dict[str, Any], Callable[[], torch.nn.Module] | N
     }
 
 
+ORIGINAL, DETACHED = "dilated, softmax mixing", "dilated, torchscale's gradient"
+
+
 def about_demos() -> dict[str, Any]:
-    "One thread, and its CPU time, so that a shared machine gives every model the same."
+    "One thread, and its CPU time."
     from dilated_attention_nb.training import fast_dtype
 
     torch.set_num_threads(1)
     return {"dtype": fast_dtype("cpu"), "threads": 1, "clock": "CPU time", "context": CONTEXT}
 
 
+def quality_costs() -> dict[str, Any]:
+    "What a training step of each model takes in each stage, in turn, and relative to the dense model's."
+    from dilated_attention_nb.training import STAGES
+
+    about = about_demos()
+    models = {name: Demo(*what) for name, what in demos().items()}
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for part, _ in STAGES:
+            steps = {name: iter(range(9)) for name in models}
+            plan = ((CONTEXT // part, 9),)
+            runs = {x: (lambda d=d, s=steps[x], p=plan: d.take(p, next(s))) for x, d in models.items()}
+            seconds = in_turn(runs, 5, clock=time.process_time)
+            for name, taken in medians(seconds).items():
+                yield {"model": name, "n": CONTEXT // part, "ratio": ratio(seconds, name, "dense"), "ms": taken * 1e3}
+
+    return about | {"rows": show_rows(rows())}
+
+
+def quality_plans(costs: dict[str, Any]) -> Iterator[tuple[str, str, int, tuple[tuple[int, int], ...]]]:
+    """Which model takes which steps with which seed: those that fit into `SECONDS`, and as many as `ORIGINAL`.
+
+    From stored costs, which were taken in turn: what else the machine does while a model learns changes nothing then.
+    """
+    from dilated_attention_nb.training import make_plan
+
+    seconds = {name: [r["ms"] / 1e3 for r in costs["rows"] if r["model"] == name] for name in demos()}
+    plans = {name: make_plan(taken, SECONDS, CONTEXT) for name, taken in seconds.items()}
+    for name in seconds:
+        yield "time", name, 0, plans[name]
+    for seed in (0, 1):
+        for name in seconds if seed == 0 else (ORIGINAL, DETACHED):
+            if (
+                name not in (ORIGINAL, "dilated, torchscale's method") or seed
+            ):  # the same steps as before; the same model
+                yield "steps", name, seed, plans[ORIGINAL]
+
+
 def quality() -> dict[str, Any]:
-    "Held-out bits per byte after the same time."
+    "Held-out bits per byte after the same time, and after the same steps on the same text in the same order."
+    about, what = about_demos(), demos()
 
     def rows() -> Iterator[dict[str, Any]]:
-        for name, (shape, attention) in demos().items():
-            demo = Demo(shape, attention)
-            steps = demo.seconds_a_step()
-            count, seconds = train_for(SECONDS, steps, demo.take, time.process_time, CONTEXT)
-            row = {"model": name} | demo.held_out()
-            yield row | {"steps": count, "trained_s": seconds, "ms_a_step": [1e3 * s for s in steps]}
+        for equal, name, seed, plan in quality_plans(read_results(RESULTS)["quality_costs"]):
+            demo, steps, begin = Demo(*what[name], seed), sum(count for _, count in plan), time.process_time()
+            for step in range(steps):
+                demo.take(plan, step)
+            seconds = time.process_time() - begin
+            row = {"model": name, "equal": equal, "seed": seed} | demo.held_out()
+            yield row | {"steps": steps, "plan": plan, "trained_s": seconds}
 
-    return about_demos() | {"seconds": SECONDS, "rows": show_rows(rows())}
-
-
-STEPS, TWICE = 240, ("dilated, softmax mixing", "dilated, torchscale's gradient")
-
-
-def quality_steps() -> dict[str, Any]:
-    "Held-out bits per byte after the same steps, on the same text in the same order; two with two seeds."
-    from dilated_attention_nb.training import plan_of_steps
-
-    plan = plan_of_steps(STEPS, CONTEXT)
-
-    def rows() -> Iterator[dict[str, Any]]:
-        for name, (shape, attention) in demos().items():
-            for seed in (0, 1) if name in TWICE else (0,) if name != "dilated, torchscale's method" else ():
-                demo, begin = Demo(shape, attention, seed), time.process_time()
-                for step in range(STEPS):
-                    demo.take(plan, step)
-                seconds = time.process_time() - begin
-                yield {"model": name, "seed": seed} | demo.held_out() | {"trained_s": seconds}
-
-    return about_demos() | {"plan": plan, "rows": show_rows(rows())}
+    return about | {"seconds": SECONDS, "rows": show_rows(rows())}
 
 
 SECTIONS = {
@@ -378,8 +351,8 @@ SECTIONS = {
     "time_long_backward": time_long_backward,
     "memory": memory,
     "memory_long": memory_long,
+    "quality_costs": quality_costs,
     "quality": quality,
-    "quality_steps": quality_steps,
 }
 
 if __name__ == "__main__":

@@ -42,7 +42,6 @@ from dilated_attention_nb.benchmarks import (
     torchscale_attention,
 )
 from dilated_attention_nb.testing import attention_cases, make_qkv, oracle_attention, oracle_counts
-from dilated_attention_nb.training import stage_of
 
 
 @drawn(100)
@@ -231,8 +230,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = sorted((ROOT / "benchmarks").glob("*.json"))
 SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
 APART = {  # what they store is looked at, not compared: events, single runs of training, seconds and bytes of a model
-    ("ring", "trace"), ("block_sparse_ring", "trace"), ("comparison", "quality"), ("comparison", "quality_steps"),
-    ("distributed", "time"),
+    ("ring", "trace"), ("block_sparse_ring", "trace"), ("comparison", "quality"), ("distributed", "time"),
     ("distributed", "bytes"), ("elastic", "restart"),
 }  # fmt: skip
 STORED = [(p.stem, name) for p in RESULTS if p.with_suffix(".py") in SCRIPTS for name in read_results(p)]
@@ -293,29 +291,24 @@ def test_scripts_have_no_harness_of_their_own(path):
     assert stored.keys() <= getattr(module, "SECTIONS", {"phase_1_1": None}).keys()
 
 
-STEPS = [(0.5, 1.0, 4.0), (0.3, 0.7, 5.0), (0.01, 0.01, 7.3), (2.0, 6.0, 31.0)]
-
-
-@pytest.mark.parametrize("real", STEPS)
-@pytest.mark.parametrize("wrong", [1.0, 0.6, 1.7])
-def test_equal_budgets_are_equal(real, wrong):
-    "However wrong the first estimate of a step is, training ends within the budget, less than a step before its end."
-    comparison, now, seen = script(ROOT / "benchmarks/comparison.py"), [5.0], []
-    lengths = {128: real[0], 256: real[1], 1024: real[2]}
-
-    def take(plan, step):
-        length, index = stage_of(plan, step)
-        seen.append((length, index, step))
-        now[0] += lengths[length]
-
-    count, taken = comparison.train_for(120.0, [wrong * s for s in real], take, lambda: now[0], 1024)
-    assert [step for *_, step in seen] == list(range(count)) and taken == pytest.approx(now[0] - 5.0)
-    order = [length for length, *_ in seen]
-    assert order == sorted(order)
-    allowed = max(0.0, wrong - 1, 1 / wrong - 1) * max(real)  # a first step of a stage, judged by the estimate
-    assert 120.0 - max(real) - allowed < taken <= 120.0 + allowed + 1e-6
-    for length in set(order):  # no window of the text twice or left out
-        assert [i for n, i, _ in seen if n == length] == list(range(order.count(length)))
+def test_equal_budgets_are_equal():
+    "By the costs taken in turn every model gets the same time; and on the other side the same steps."
+    comparison = script(ROOT / "benchmarks/comparison.py")
+    names = list(comparison.demos())
+    ms = {name: [200.0 + 10 * i, 300.0 + 90 * i, 900.0 + 400 * i] for i, name in enumerate(names)}
+    rows = [{"model": name, "n": n, "ms": x} for name in names for n, x in zip((2048, 4096, 16_384), ms[name])]
+    plans = list(comparison.quality_plans({"rows": rows}))
+    in_time = {name: plan for equal, name, _, plan in plans if equal == "time"}
+    assert list(in_time) == names
+    for name, plan in in_time.items():
+        assert [n for n, _ in plan] == [2048, 4096, 16_384]
+        spent = sum(count * x / 1e3 for (_, count), x in zip(plan, ms[name]))
+        assert abs(spent - comparison.SECONDS) <= sum(ms[name]) / 2e3  # each stage ends within half a step of its share
+    same = [(name, seed, plan) for equal, name, seed, plan in plans if equal == "steps"]
+    assert {plan for *_, plan in same} == {in_time[comparison.ORIGINAL]}
+    assert {(comparison.ORIGINAL, 1), (comparison.DETACHED, 0), (comparison.DETACHED, 1)} < {x[:2] for x in same}
+    assert (comparison.ORIGINAL, 0) not in {x[:2] for x in same}  # it takes these steps anyway
+    assert len(same) == len(set(same)) == len(names)
 
 
 def test_what_is_left_out_says_why():
