@@ -18,7 +18,7 @@ window.siteCheck = (() => {
         drawn: i.complete && i.naturalWidth > 0,
       })),
       drawings: all("main svg").filter((s) => !s.getAttribute("aria-label") && s.getAttribute("aria-hidden") !== "true").length,
-      nameless: all("button, input, select, textarea").filter((e) => !named(e)).map((e) => e.outerHTML.slice(0, 80)),
+      nameless: all("button, input, select, textarea").filter((e) => !named(e)).map((e) => [e.outerHTML.slice(0, 80), !!e.closest("main")]),
     };
   }
 

@@ -38,7 +38,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PROC = "_proc"
-RESULTS = {"lab_log", "design_decisions"}  # explanations that report rather than guide
+RESULTS = {"lab_log"}  # explanations that report rather than guide
 FIRST = ["variants", "explorer", "cluster", "gigapath", "huggingface", "pytorch_encoder", "migration"]
 RAW = re.compile(r"^```\{=html\}\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)  # HTML that is passed on as it is
 FILES = ("*.js", "*.css")  # what pages load, beside them in nbs/

@@ -199,26 +199,21 @@ def test_commands_in_documents_exist():
 
 def misread(text: str) -> list[str]:
     "Lines that pandoc, and so Quarto, reads as part of what stands before them, or as a list that is none."
-    found, fence, before = [], "", ""
+    kinds = {"heading": r"#{1,6} ", "bullet": r"\s*[-*+] ", "number": r"\s*\d+[.)] ", "table": r"\|", "quote": r"> "}
+    found, fence, before, inside = [], "", "", set()  # inside: what has begun since the last empty line
     for number, line in enumerate(text.splitlines(), 1):
         ticks = re.match(r"\s*(`{3,}|~{3,})", line)
         if fence:
             fence = "" if line.strip().startswith(fence) else fence
-            before = ""
             continue
-        fence = ticks[1] if ticks else ""
-        plain = re.compile(r"\s*([-*+]|\d+[.)]|[|>#]+) ").match(before) is None and before.strip() != ""
-        said = ""
-        if before.strip() and re.match(r"#{1,6} ", line):
-            said = "a heading needs an empty line before it"
-        elif plain and before[0] != " " and re.match(r"[-*+] ", line):
-            said = "a list needs an empty line before it"
-        elif before.strip() and re.match(r"\s*\d+[.)] ", line) and not re.match(r"\s*\d+[.)] ", before):
-            said = "a line that begins with a number and a point begins a list"
-        elif plain and line.startswith(("|", "> ")):
-            said = "a table or a quotation needs an empty line before it"
-        found += [f"line {number}: {said}: {line[:60]}"] if said else []
-        before = "" if ticks else line
+        if ticks or not line.strip():
+            fence, before, inside = ticks[1] if ticks else "", "", set()
+            continue
+        kind = next((name for name, pattern in kinds.items() if re.match(pattern, line)), "")
+        if kind and before and (kind == "heading" or kind not in inside) and not (kind == "bullet" and line[0] == " "):
+            found.append(f"line {number}: {kind} without an empty line before it: {line[:60]}")
+        inside |= {kind}
+        before = line
     return found
 
 

@@ -1,12 +1,14 @@
 """The site: its explorer says what the package says, both builds list the same pages, the browser test finds faults."""
 
 import asyncio
+import html
 import os
 import re
 import shutil
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -14,6 +16,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import check_site  # noqa: E402
 import docs  # noqa: E402
 import explorer  # noqa: E402
+import reference  # noqa: E402
 
 sys.path.pop(0)
 
@@ -43,14 +46,45 @@ def test_the_explorer_computes_what_the_package_computes():
         ("(i % w) % r === s", "i % r === s", "reached"),
         ("Math.ceil(Math.min(o.lengths[g], o.n) / r)", "Math.floor(Math.min(o.lengths[g], o.n) / r)", "cache"),
         ("if (o.heads % o.kvHeads) return", "if (false) return", "refused"),
+        ("(i && x < 999.5 ?", "(i ?", "shown"),
+        ("% w === 0)", "% w === 1)", "confined"),
     ],
 )
 def test_a_wrong_explorer_is_found(right, wrong, name):
     text = explorer.SCRIPT.read_text(encoding="utf-8")
     assert text.count(right) == 1
-    asked = explorer.settings(20, seed=1)[:20]
+    asked = explorer.settings(20, seed=1)[:20] + explorer.settings(0)[-2:]
     found = explorer.differences(asked, explorer.in_node(asked, text.replace(right, wrong)))
     assert any(line.startswith(name) for line in found)
+
+
+@pytest.mark.parametrize(
+    "value,said", [(1023, "1023 B"), (1024, "1.00 KiB"), (1020 * 1024, "1020 KiB"), (1024**2 - 1, "1.00 MiB")]
+)
+def test_sizes_have_no_exponent(value, said):
+    "In Python; the explorer is held against it."
+    assert explorer.shown(value, "B KiB MiB", 1024) == said
+
+
+def test_segments_that_divide_the_longest_keep_what_is_in_it():
+    "Then nothing passes its borders, however many layers there are; else it can. The explorer says which holds."
+    import torch
+
+    from dilated_attention_nb.masking import attention_counts
+
+    def seen(lengths: tuple, rates: tuple, n: int) -> torch.Tensor:
+        "Which token has heard of which after as many layers as there are tokens."
+        known = attention_counts(n, n, 4, lengths, rates, is_causal=False, mixing="softmax").sum(0) > 0
+        known |= torch.eye(n, dtype=torch.bool)
+        for _ in range(n.bit_length()):
+            known = known.float() @ known.float() > 0
+        return known
+
+    segment = torch.arange(48) // 12
+    for lengths, rates in (((4, 12), (1, 3)), ((4, 6, 12), (1, 1, 1)), ((12, 3), (2, 1)), ((12,), (1,))):
+        assert explorer.confined(lengths)
+        assert not seen(lengths, rates, 48)[segment[:, None] != segment].any()
+    assert not explorer.confined((10, 15)) and seen((10, 15), (1, 1), 30).all()
 
 
 # ---- the pages -------------------------------------------------------------------------------------------------------
@@ -124,6 +158,30 @@ def test_names_stand_once_on_a_page():
     body = '<a id="a"></a>\n<h2 id="a">A<a href="#a">x</a></h2><p><a id="b"></a></p><h2 id="a">A<a href="#a">x</a></h2>'
     wanted = '\n<h2 id="a">A<a href="#a">x</a></h2><p><a id="b"></a></p><h2 id="a-1">A<a href="#a-1">x</a></h2>'
     assert docs.distinct(body) == wanted
+
+
+@pytest.mark.parametrize(
+    "text", ["int | None", 'Float[Tensor, "b n h d"]', "tuple[int, ...]", "A.__call__", "x**2 * `$`"]
+)
+def test_code_of_the_reference_has_no_sign_that_markdown_reads(text):
+    "pandoc makes quotes curly, `...` one sign and `__call__` bold within `<code>`; a bar ends a table's cell."
+    made = reference.code(text)
+    inner = made.removeprefix("<code>").removesuffix("</code>")
+    assert re.fullmatch(r"(?:[A-Za-z0-9 ]|&#\d+;)+", inner) and html.unescape(inner) == text
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(f"| a | b |\n|---|---|\n| {made} | c |")])
+    body, _ = docs.exporter().from_notebook_node(docs.tidy(notebook, {}))
+    assert [html.unescape(x) for x in re.findall(r"<td><code>(.*?)</code></td>", body)] == [text]
+
+
+def test_links_of_the_reference_lead_to_headings(tmp_path):
+    "Letter by letter, as browsers compare them: pandoc keeps the capitals of a given name, the preview does not."
+    folder = tmp_path / "reference"
+    texts = {path.name: path.read_text(encoding="utf-8") for path in reference.write(docs.modules(), folder, "git")}
+    places = {name: re.findall(r"^#+ .*\{#([^}]+)\}$", text, re.MULTILINE) for name, text in texts.items()}
+    links = [m.groups() for m in re.finditer(r"\]\((\w+\.qmd)#([^)]+)\)", texts["index.qmd"])]
+    assert len(links) > 300
+    assert [link for link in links if link[1] not in places[link[0]]] == []
+    assert [name for name, some in places.items() if len(set(some)) < len(some)] == []
 
 
 # ---- the browser test ------------------------------------------------------------------------------------------------
