@@ -117,7 +117,7 @@ def test_what_readers_were_promised_is_in_the_navigation():
         "": ["index.ipynb"],
         "Tutorial": ["nbs/00_config.ipynb", "nbs/06_dilated.ipynb", "nbs/16_distributed.ipynb"],
         "Guides": [
-            "nbs/explanations/variants.qmd",
+            "nbs/explanations/variants.ipynb",
             "nbs/explanations/explorer.qmd",
             "nbs/explanations/cluster.qmd",
             "nbs/examples/gigapath.ipynb",
