@@ -110,6 +110,19 @@ def test_quarto_and_the_preview_list_the_same_pages_in_the_same_order():
     assert sorted(listed) == sorted(by_source) and len(set(shown)) == len(shown)
 
 
+def test_what_quarto_made_is_opened_in_a_browser_before_it_is_published():
+    "No test here has Quarto: the workflow that publishes its site checks that very folder first."
+    steps = docs.yaml.safe_load((ROOT / ".github/workflows/site.yml").read_text())["jobs"]["site"]["steps"]
+    done = [step.get("run") or step["uses"].partition("@")[0] for step in steps if "if" not in step]
+    _, *after = done[done.index("make docs") :]
+    assert [line.split(" --shots")[0] for line in after] == [
+        ".venv/bin/python scripts/check_site.py --site _docs",
+        "actions/upload-pages-artifact",
+        "actions/deploy-pages",
+    ]
+    assert next(s for s in steps if "pages-artifact" in s.get("uses", ""))["with"]["path"] == "_docs"
+
+
 def test_what_readers_were_promised_is_in_the_navigation():
     "Guides, reference, defects, benchmarks and lab log, each under its heading."
     found = {name: [p.source.as_posix() for p in group] for name, group in docs.sections(pages()).items()}
