@@ -354,7 +354,8 @@ def quarto(pages: list[Page], proc: Path, out: Path) -> None:
     "Render the processed pages with Quarto."
     for name, content in quarto_settings(pages, out.name).items():
         (proc / name).write_text(yaml.safe_dump(content, sort_keys=False))
-    shutil.copy2(ROOT / "_quarto.yml", proc / "_quarto.yml")
+    for path in (ROOT / "_quarto.yml", Path(__file__).with_name("quarto.css")):
+        shutil.copy2(path, proc / path.name)
     done = subprocess.run(["quarto", "render", str(proc), "--no-execute"])
     if done.returncode:
         raise SystemExit(f"quarto failed with {done.returncode}")
