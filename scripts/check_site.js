@@ -10,6 +10,7 @@ window.siteCheck = (() => {
     return {
       title: document.title,
       heads: all("main h1, main h2, main h3, main h4").map((h) => [+h.tagName[1], h.textContent.trim()]),
+      raw: [...(document.querySelector("main")?.textContent.matchAll(/\S*\]\([^\s()]*\.(?:html|ipynb|qmd|md)\b\S*/g) || [])].map(String),
       ids: all("[id], a[name]").map((e) => e.id || e.name),
       links: all("a[href]").map((a) => ({ to: a.getAttribute("href"), rel: a.rel })),
       images: [...document.images].map((i) => ({

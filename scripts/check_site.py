@@ -145,6 +145,7 @@ async def visit(page: Any, home: str, place: str, report: Report, preview: bool,
         await page.evaluate("localStorage.clear()")
     found += [f"image without a description: {i['src']}" for i in facts["images"] if not (i["alt"] or "").strip()]
     found += [f"image not drawn: {i['src']}" for i in facts["images"] if not i["drawn"]]
+    found += [f"a link that is shown as Markdown: {what[:80]}" for what in facts["raw"]]
     found += ["a drawing without a description"] * facts["drawings"]
     found += [f"a control without a name: {what}" for what in nameless]
     found += [] if facts["title"].strip() else ["no title"]

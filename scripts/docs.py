@@ -55,6 +55,7 @@ ANCHOR = re.compile(r'(<h\d id="|<a class="anchor-link" href="#)([^"]+)')
 SOURCE_LINK = re.compile(r"^\[source\]\([^)]*\)\{[^}]*\}\s*$|^\[source\]\([^)]*\)\s*$", re.MULTILINE)
 # A link that nbdev made of a name in backticks: private names have no heading, methods have that of their class.
 NAME_LINK = re.compile(r"\[(`[^`\]]+`)\]\(([\w./]+\.html)#([\w.]+)\)")
+FENCE = re.compile(r"^(`{3,}).*?^\1\s*?$", re.DOTALL | re.MULTILINE)
 MATHS = re.compile(
     r"\$\$(?P<block>.+?)\$\$|(?<![\\$\w])\$(?P<inline>[^\s$](?:[^$\n]*?[^\s$\\])?)\$(?![\d$])", re.DOTALL
 )
@@ -119,6 +120,7 @@ def plain_links(text: str) -> str:
         private = any(part.startswith("_") for part in anchor.split("."))
         return name if private else f"[{name}]({page}#{anchor.split('.')[0]})"
 
+    text = FENCE.sub(lambda m: NAME_LINK.sub(r"\1", m[0]), text)  # a link in code is no link
     return NAME_LINK.sub(replace, text)
 
 

@@ -165,6 +165,8 @@ def test_links_of_names_lead_to_headings():
     text = "[`_run`](../nbs/a.html#_run), [`A.f`](../nbs/a.html#a.f), [`A`](../nbs/a.html#a), [text](../nbs/a.html#a.f)"
     wanted = "`_run`, [`A.f`](../nbs/a.html#a), [`A`](../nbs/a.html#a), [text](../nbs/a.html#a.f)"
     assert docs.plain_links(text) == wanted
+    fenced = "```python\nf(x) # see [`A`](../nbs/a.html#a)\n```\n"
+    assert docs.plain_links(fenced + text) == "```python\nf(x) # see `A`\n```\n" + wanted
 
 
 def test_names_stand_once_on_a_page():
@@ -217,6 +219,7 @@ FAULTS = {
     "<h1>second</h1>": "2 first headings",
     "<button></button>": "a control without a name",
     '<i id="site-menu"></i>': "two elements are called #site-menu",
+    "<p>[<a href='#head'>a</a>](index.html)</p>": "a link that is shown as Markdown",
     "<svg></svg>": "a drawing without a description",
 }
 
