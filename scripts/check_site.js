@@ -10,6 +10,7 @@ window.siteCheck = (() => {
     return {
       title: document.title,
       heads: all("main h1, main h2, main h3, main h4").map((h) => [+h.tagName[1], h.textContent.trim()]),
+      raw: [...(document.querySelector("main")?.textContent.matchAll(/\S*\]\([^\s()]*\.(?:html|ipynb|qmd|md)\b\S*/g) || [])].map(String),
       ids: all("[id], a[name]").map((e) => e.id || e.name),
       links: all("a[href]").map((a) => ({ to: a.getAttribute("href"), rel: a.rel })),
       images: [...document.images].map((i) => ({
@@ -18,7 +19,7 @@ window.siteCheck = (() => {
         drawn: i.complete && i.naturalWidth > 0,
       })),
       drawings: all("main svg").filter((s) => !s.getAttribute("aria-label") && s.getAttribute("aria-hidden") !== "true").length,
-      nameless: all("button, input, select, textarea").filter((e) => !named(e)).map((e) => e.outerHTML.slice(0, 80)),
+      nameless: all("button, input, select, textarea").filter((e) => !named(e)).map((e) => [e.outerHTML.slice(0, 80), !!e.closest("main")]),
     };
   }
 

@@ -8,7 +8,8 @@ Each page: nothing said on the console as an error, no request that fails or lea
 and images that lead somewhere, a description for each image, no sideways scrolling on a phone or a desk, text that is
 large and dark enough in light and dark mode. The site: search, the path from the first page to the last, the stored
 theme, and the pattern explorer held against the package (scripts/explorer.py). Needs Chromium: Debian's package
-chromium, or CHROMIUM=path. What belongs to the preview alone (search, path, theme) is not asked of a site by Quarto.
+chromium, or CHROMIUM=path. What belongs to the preview alone (search, path, theme, contrast) is not asked of a site by
+Quarto, and of its controls only those on the page itself.
 """
 
 from __future__ import annotations
@@ -116,6 +117,7 @@ async def visit(page: Any, home: str, place: str, report: Report, preview: bool,
     facts = await page.evaluate("siteCheck.facts()")
     report.pages[place] = facts
     found: list[str] = []
+    nameless = [what for what, ours in facts["nameless"] if preview or ours]
 
     async def shot(name: str) -> None:
         if shots:
@@ -143,8 +145,9 @@ async def visit(page: Any, home: str, place: str, report: Report, preview: bool,
         await page.evaluate("localStorage.clear()")
     found += [f"image without a description: {i['src']}" for i in facts["images"] if not (i["alt"] or "").strip()]
     found += [f"image not drawn: {i['src']}" for i in facts["images"] if not i["drawn"]]
+    found += [f"a link that is shown as Markdown: {what[:80]}" for what in facts["raw"]]
     found += ["a drawing without a description"] * facts["drawings"]
-    found += [f"a control without a name: {what}" for what in facts["nameless"]]
+    found += [f"a control without a name: {what}" for what in nameless]
     found += [] if facts["title"].strip() else ["no title"]
     found += headings(facts["heads"]) if preview else []
     twice = sorted({x for x in facts["ids"] if facts["ids"].count(x) > 1})
@@ -241,6 +244,11 @@ async def ask_explorer(browser: Any, home: str, place: str, report: Report, coun
     await page.select_option("#explorer-preset", index=0)
     if await page.is_visible("#explorer [role=alert]") or not await page.is_visible("#explorer-reach"):
         report.add(place, "a good setting does not bring the pictures back")
+    for lengths, said in (("1000, 1500", "Not every"), ("500, 1500", "Every")):
+        for name, value in dict(lengths=lengths, rates="1, 1", n="3000", token="2999").items():
+            await page.fill(f"#explorer-{name}", value)
+        if said not in (await page.text_content("#explorer-limit") or ""):
+            report.add(place, f"how far information travels with segments of {lengths} is told wrong")
     report.add(place, *listener.heard)
     await context.close()
 
@@ -310,7 +318,9 @@ async def run(site: Path, workers: int, count: int, shots: Path | None) -> Repor
         raise SystemExit(f"there is no index.html in {site}")
     preview = (site / "preview.js").exists()
     if not preview:
-        report.notes.append("by Quarto: search, reading order and themes are its own and were not checked")
+        report.notes.append(
+            "by Quarto: search, reading order and themes with their contrast are its own and were not checked"
+        )
     git = re.search(r"^git_url\s*=\s*(\S+)", (ROOT / "settings.ini").read_text(), re.MULTILINE)
     with served(site) as home:
         async with async_playwright() as playwright:

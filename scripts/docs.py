@@ -38,7 +38,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PROC = "_proc"
-RESULTS = {"lab_log", "design_decisions"}  # explanations that report rather than guide
+RESULTS = {"lab_log"}  # explanations that report rather than guide
 FIRST = ["variants", "explorer", "cluster", "gigapath", "huggingface", "pytorch_encoder", "migration"]
 RAW = re.compile(r"^```\{=html\}\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)  # HTML that is passed on as it is
 FILES = ("*.js", "*.css")  # what pages load, beside them in nbs/
@@ -55,6 +55,7 @@ ANCHOR = re.compile(r'(<h\d id="|<a class="anchor-link" href="#)([^"]+)')
 SOURCE_LINK = re.compile(r"^\[source\]\([^)]*\)\{[^}]*\}\s*$|^\[source\]\([^)]*\)\s*$", re.MULTILINE)
 # A link that nbdev made of a name in backticks: private names have no heading, methods have that of their class.
 NAME_LINK = re.compile(r"\[(`[^`\]]+`)\]\(([\w./]+\.html)#([\w.]+)\)")
+FENCE = re.compile(r"^(`{3,}).*?^\1\s*?$", re.DOTALL | re.MULTILINE)
 MATHS = re.compile(
     r"\$\$(?P<block>.+?)\$\$|(?<![\\$\w])\$(?P<inline>[^\s$](?:[^$\n]*?[^\s$\\])?)\$(?![\d$])", re.DOTALL
 )
@@ -119,6 +120,7 @@ def plain_links(text: str) -> str:
         private = any(part.startswith("_") for part in anchor.split("."))
         return name if private else f"[{name}]({page}#{anchor.split('.')[0]})"
 
+    text = FENCE.sub(lambda m: NAME_LINK.sub(r"\1", m[0]), text)  # a link in code is no link
     return NAME_LINK.sub(replace, text)
 
 
@@ -354,7 +356,8 @@ def quarto(pages: list[Page], proc: Path, out: Path) -> None:
     "Render the processed pages with Quarto."
     for name, content in quarto_settings(pages, out.name).items():
         (proc / name).write_text(yaml.safe_dump(content, sort_keys=False))
-    shutil.copy2(ROOT / "_quarto.yml", proc / "_quarto.yml")
+    for path in (ROOT / "_quarto.yml", Path(__file__).with_name("quarto.css")):
+        shutil.copy2(path, proc / path.name)
     done = subprocess.run(["quarto", "render", str(proc), "--no-execute"])
     if done.returncode:
         raise SystemExit(f"quarto failed with {done.returncode}")

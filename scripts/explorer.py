@@ -13,6 +13,7 @@ import random
 import shutil
 import subprocess
 import sys
+from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ EVALUATE = """(o) => {
   const x = window.patternExplorer, heads = [...Array(o.heads).keys()];
   if (x.complaint(o)) return { refused: true };
   const found = { refused: false, pairs: x.pairs(o), flops: x.flops(o), denseFlops: x.denseFlops(o),
-    cache: x.cacheBytes(o), fullCache: x.fullCacheBytes(o) };
+    cache: x.cacheBytes(o), fullCache: x.fullCacheBytes(o), confined: x.confined(o) };
+  found.shown = [x.flop(found.flops), x.flop(found.denseFlops), x.size(found.cache), x.size(found.fullCache)];
   if (o.n > DRAWN) return found;
   const cells = (step) => heads.map((h) => x.cells(o, h, step).map((l) => [l.branch, l.counts]));
   return { ...found, mask: cells(1), coarse: cells(o.step), reached: x.reached(o, o.token, o.layers) };
@@ -69,7 +71,31 @@ def settings(count: int, seed: int = 0) -> list[dict[str, Any]]:
     branches = dict(lengths=[2048, 4096, 8192, 16384, 32768], rates=[1, 2, 4, 6, 12])
     kinds = [dict(mixing=m, offsets="blocked", causal=c) for m in ("groups", "softmax") for c in (True, False)]
     long = [{**shape, **branches, **kind, "n": n} for n in (2048, 32768, 100_001, 1 << 20) for kind in kinds]
+    readme = dict(
+        lengths=[1024, 4096], rates=[1, 4], heads=8, kvHeads=8, mixing="groups", offsets="blocked", causal=True
+    )
+    long += [{**shape, **readme, "layers": 1, "n": n} for n in (510, 4096)]  # at 510 a full cache has 1,020 KiB
     return [setting(draw, i % 16) for i in range(count)] + long
+
+
+def confined(lengths: tuple[int, ...]) -> bool:
+    "Whether no token can ever see beyond its segment of the longest branch: all others lie within such segments."
+    return all(max(lengths) % w == 0 for w in lengths)
+
+
+def shown(x: int, units: str, base: int) -> str:
+    "A number with three digits (four from 1,000 to 1,023) and a unit, rounded as a browser rounds."
+
+    def rounded(value: float) -> Decimal:
+        found = Decimal(value)
+        for _ in range(2):  # 99.96 becomes 100.0, and that 100
+            found = found.quantize(Decimal(1).scaleb(min(0, found.adjusted() - 2)), ROUND_HALF_UP)
+        return found
+
+    value, names = float(x), units.split()
+    while rounded(value) >= base and len(names) > 1:
+        value, names = max(1.0, value / base), names[1:]
+    return f"{x if names == units.split() else rounded(value)} {names[0]}"
 
 
 def expected(o: dict[str, Any]) -> dict[str, Any]:
@@ -116,6 +142,9 @@ def expected(o: dict[str, Any]) -> dict[str, Any]:
         fullCache=kv_cache_bytes(config, **cache, full=True),
     )
     assert max(found.values()) < 2**53, "a browser's numbers end here"
+    flop, size = "FLOP kFLOP MFLOP GFLOP TFLOP PFLOP EFLOP ZFLOP", "B KiB MiB GiB TiB PiB"
+    units = dict(flops=(flop, 1000), denseFlops=(flop, 1000), cache=(size, 1024), fullCache=(size, 1024))
+    found |= dict(shown=[shown(found[name], *unit) for name, unit in units.items()], confined=confined(lengths))
     if not drawn:
         return found
 

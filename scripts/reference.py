@@ -9,7 +9,6 @@ behind a parameter or field is its meaning (docments). scripts/docs.py puts the 
 from __future__ import annotations
 
 import ast
-import html
 import io
 import re
 import sys
@@ -38,8 +37,13 @@ def cell(text: str) -> str:
 
 
 def code(text: str) -> str:
-    "Code for a table's cell; a union's bar would end the cell, in backticks too."
-    return f"<code>{html.escape(text, quote=False).replace('|', '&#124;').replace('*', '&#42;')}</code>" if text else ""
+    "Code for a table's cell or a line, each sign as a character reference: Markdown has a meaning for most of them."
+    return "<code>" + re.sub(r"[^\w\s]|_", lambda m: f"&#{ord(m[0])};", text) + "</code>" if text else ""
+
+
+def anchor(name: str) -> str:
+    "The name of a heading: fragments are compared letter by letter, and those of the site are small."
+    return name.lower()
 
 
 def parameters(args: ast.arguments) -> list[tuple[str, ast.arg, ast.expr | None]]:
@@ -100,7 +104,7 @@ def function(node: Function, name: str, comments: dict[int, str], level: int, li
     if names & {"property", "cached_property"}:
         kind = f": {code(ast.unparse(node.returns))}" if node.returns else ""
         return [f"**{code(name)}**{kind} · {prose(node).replace(chr(10), ' ')}", ""]
-    head = f"{'#' * level} {name.split('.')[-1]} {{#{name}}}" if level < 3 else f"**{code(name)}**"
+    head = f"{'#' * level} {name.split('.')[-1]} {{#{anchor(name)}}}" if level < 3 else f"**{code(name)}**"
     lines = [head, "", "```python", signature(node, name), "```", "", prose(node), ""]
     return [*lines, *table(parameters(node.args), comments, node.returns, said), links, ""]
 
@@ -116,7 +120,7 @@ def class_page(node: ast.ClassDef, comments: dict[int, str], links: str) -> list
         if init
         else f"{node.name}({', '.join(n if d is None else f'{n}={ast.unparse(d)}' for n, _, d in own)})"
     )
-    lines = [f"## {node.name} {{#{node.name}}}", "", "```python", call, "```", "", prose(node), ""]
+    lines = [f"## {node.name} {{#{anchor(node.name)}}}", "", "```python", call, "```", "", prose(node), ""]
     lines += [f"Is a {code(bases)}.", ""] if bases else []
     lines += table(parameters(init.args), comments) if init else table(own, comments)
     lines += [links, ""]
@@ -178,11 +182,11 @@ def index_page(modules: dict[str, list[tuple[str, str, str]]], leads: dict[str, 
     lines += ["All names can be imported from the package root, and each module by its own name. Shapes are written as"]
     lines += ['types: `Float[Tensor, "b n h d"]` is a float tensor of batch, sequence, heads and head dimension.', ""]
     for module, names in modules.items():
-        lines += [f"## {module} {{#{module}}}", "", f"{leads[module]} [All of it]({module}.qmd)", ""]
+        lines += [f"## {module} {{#{anchor(module)}}}", "", f"{leads[module]} [All of it]({module}.qmd)", ""]
         lines += ["| name | what it is |", "|---|---|"]
         for name, kind, said in names:
-            anchor = "constants" if kind == "constant" else name
-            lines.append(f"| [{code(name)}]({module}.qmd#{anchor.lower()}) | {cell(said) or kind} |")
+            place = "constants" if kind == "constant" else name
+            lines.append(f"| [{code(name)}]({module}.qmd#{anchor(place)}) | {cell(said) or kind} |")
         lines.append("")
     return "\n".join(lines)
 

@@ -194,6 +194,59 @@ def test_commands_in_documents_exist():
                 assert importlib.util.find_spec(module), f"{name}: there is no module {module}"
 
 
+# ---------------------------------------------------------------- Markdown
+
+
+def misread(text: str) -> list[str]:
+    "Lines that pandoc, and so Quarto, reads as part of what stands before them, or as a list that is none."
+    kinds = {"heading": r"#{1,6} ", "bullet": r"\s*[-*+] ", "number": r"\s*\d+[.)] ", "table": r"\|", "quote": r"> "}
+    found, fence, before, inside = [], "", "", set()  # inside: what has begun since the last empty line
+    for number, line in enumerate(text.splitlines(), 1):
+        ticks = re.match(r"\s*(`{3,}|~{3,})", line)
+        if fence:
+            fence = "" if line.strip().startswith(fence) else fence
+            continue
+        if ticks or not line.strip():
+            fence, before, inside = ticks[1] if ticks else "", "", set()
+            continue
+        kind = next((name for name, pattern in kinds.items() if re.match(pattern, line)), "")
+        if kind and before and (kind == "heading" or kind not in inside) and not (kind == "bullet" and line[0] == " "):
+            found.append(f"line {number}: {kind} without an empty line before it: {line[:60]}")
+        inside |= {kind}
+        before = line
+    return found
+
+
+@each_document
+def test_markdown_means_the_same_everywhere(name):
+    "The preview's Markdown needs no empty lines before headings and lists, pandoc does."
+    path = DOCUMENTS[name]
+    texts = notebook(path)[0] if path.suffix == ".ipynb" else [path.read_text(encoding="utf-8")]
+    wrong = [what for text in texts for what in misread(text)]
+    assert not wrong, f"{name}:\n" + "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    "text,count",
+    [
+        ("text\n## Head", 1),
+        ("- item\n## Head", 1),
+        ("text\n\n## Head", 0),
+        ("text:\n- item", 1),
+        ("text:\n\n- item\n  more of it\n- another", 0),
+        ("- instead of\n  828. At 16", 1),
+        ("1. one\n2. two", 0),
+        ("text\n| a | b |", 1),
+        ("text\n\n| a | b |\n|---|---|", 0),
+        ("text\n> said", 1),
+        ("```\nx = 1\n# a comment\n- 1\n```", 0),
+        ("```\nx\n```\n\n## Head", 0),
+    ],
+)
+def test_what_pandoc_misreads_is_found(text, count):
+    assert len(misread(text)) == count
+
+
 # ---------------------------------------------------------------- links
 
 

@@ -1,10 +1,15 @@
 """Pictures stay small, show what they are given, refuse what they cannot show, and leave no trace."""
 
+import json
+import re
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 
+from dilated_attention_nb import plotting
 from dilated_attention_nb.config import DilatedAttentionConfig
 from dilated_attention_nb.plotting import (
     caption,
@@ -25,6 +30,7 @@ from dilated_attention_nb.plotting import (
     smoothed,
 )
 
+ROOT = Path(__file__).resolve().parent.parent
 GROUPS = DilatedAttentionConfig((4, 8, 16), (1, 2, 4))
 SOFTMAX = DilatedAttentionConfig((4, 8, 16), (1, 2, 4), mixing="softmax")
 RECORD = {"device": "cpu", "dtype": "float32", "threads": 2, "date": "2025-01-01", "name": "a", "n": 1024, "s": 0.5}
@@ -128,3 +134,44 @@ def test_means_are_not_biased_towards_zero():
     assert np.allclose(smoothed(values, 0), values)
     weights = 0.9 ** np.arange(30)[::-1]
     assert np.isclose(smoothed(values, 0.9)[-1], np.average(values, weights=weights))
+
+
+# ---- one look for all notebooks --------------------------------------------------------------------------------------
+
+
+def unstyled(sources: list[str]) -> list[int]:
+    "Cells that draw a figure without `STYLE`: neither by a function of `plotting` nor within it, nor after it is set."
+    drawn = re.compile(rf"\b({'|'.join(name for name in plotting.__all__ if name.startswith('plot_'))})\(")
+    found, styled = [], False
+    for number, source in enumerate(sources):
+        styled |= re.search(r"^plt\.rcParams\.update\(STYLE", source, re.MULTILINE) is not None
+        own = re.search(r"plt\.(subplots|figure|subplot_mosaic)\(", source)
+        shown = "fig-alt" in source and not drawn.search(source)
+        if (own or shown) and not styled and "rc_context(STYLE" not in source:
+            found.append(number)
+    return found
+
+
+NOTEBOOKS = [p for p in [ROOT / "index.ipynb", *sorted((ROOT / "nbs").rglob("*.ipynb"))] if ".ipynb_" not in str(p)]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_figures_of_notebooks_have_one_look(path):
+    "The functions of `plotting` set it themselves, which the tests above show."
+    cells = [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    sources = ["".join(c["source"]) for c in cells]
+    assert unstyled([source for source in sources if not source.startswith("#| export")]) == []
+
+
+@pytest.mark.parametrize(
+    "sources,wanted",
+    [
+        (["_, ax = plt.subplots()"], [0]),
+        (["with plt.rc_context(STYLE):\n    _, ax = plt.subplots()"], []),
+        (["_, ax = plt.subplots()", "plt.rcParams.update(STYLE)", "plt.figure()"], [0]),
+        (['#| fig-alt: "a mask"\nplot_mask(mask)'], []),
+        (['#| fig-alt: "a curve"\ndraw(curve)'], [0]),
+    ],
+)
+def test_figures_without_the_look_are_found(sources, wanted):
+    assert unstyled(sources) == wanted

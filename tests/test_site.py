@@ -1,12 +1,14 @@
 """The site: its explorer says what the package says, both builds list the same pages, the browser test finds faults."""
 
 import asyncio
+import html
 import os
 import re
 import shutil
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -14,6 +16,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import check_site  # noqa: E402
 import docs  # noqa: E402
 import explorer  # noqa: E402
+import reference  # noqa: E402
 
 sys.path.pop(0)
 
@@ -43,14 +46,45 @@ def test_the_explorer_computes_what_the_package_computes():
         ("(i % w) % r === s", "i % r === s", "reached"),
         ("Math.ceil(Math.min(o.lengths[g], o.n) / r)", "Math.floor(Math.min(o.lengths[g], o.n) / r)", "cache"),
         ("if (o.heads % o.kvHeads) return", "if (false) return", "refused"),
+        ("(i && x < 999.5 ?", "(i ?", "shown"),
+        ("% w === 0)", "% w === 1)", "confined"),
     ],
 )
 def test_a_wrong_explorer_is_found(right, wrong, name):
     text = explorer.SCRIPT.read_text(encoding="utf-8")
     assert text.count(right) == 1
-    asked = explorer.settings(20, seed=1)[:20]
+    asked = explorer.settings(20, seed=1)[:20] + explorer.settings(0)[-2:]
     found = explorer.differences(asked, explorer.in_node(asked, text.replace(right, wrong)))
     assert any(line.startswith(name) for line in found)
+
+
+@pytest.mark.parametrize(
+    "value,said", [(1023, "1023 B"), (1024, "1.00 KiB"), (1020 * 1024, "1020 KiB"), (1024**2 - 1, "1.00 MiB")]
+)
+def test_sizes_have_no_exponent(value, said):
+    "In Python; the explorer is held against it."
+    assert explorer.shown(value, "B KiB MiB", 1024) == said
+
+
+def test_segments_that_divide_the_longest_keep_what_is_in_it():
+    "Then nothing passes its borders, however many layers there are; else it can. The explorer says which holds."
+    import torch
+
+    from dilated_attention_nb.masking import attention_counts
+
+    def seen(lengths: tuple, rates: tuple, n: int) -> torch.Tensor:
+        "Which token has heard of which after as many layers as there are tokens."
+        known = attention_counts(n, n, 4, lengths, rates, is_causal=False, mixing="softmax").sum(0) > 0
+        known |= torch.eye(n, dtype=torch.bool)
+        for _ in range(n.bit_length()):
+            known = known.float() @ known.float() > 0
+        return known
+
+    segment = torch.arange(48) // 12
+    for lengths, rates in (((4, 12), (1, 3)), ((4, 6, 12), (1, 1, 1)), ((12, 3), (2, 1)), ((12,), (1,))):
+        assert explorer.confined(lengths)
+        assert not seen(lengths, rates, 48)[segment[:, None] != segment].any()
+    assert not explorer.confined((10, 15)) and seen((10, 15), (1, 1), 30).all()
 
 
 # ---- the pages -------------------------------------------------------------------------------------------------------
@@ -76,6 +110,19 @@ def test_quarto_and_the_preview_list_the_same_pages_in_the_same_order():
     assert sorted(listed) == sorted(by_source) and len(set(shown)) == len(shown)
 
 
+def test_what_quarto_made_is_opened_in_a_browser_before_it_is_published():
+    "No test here has Quarto: the workflow that publishes its site checks that very folder first."
+    steps = docs.yaml.safe_load((ROOT / ".github/workflows/site.yml").read_text())["jobs"]["site"]["steps"]
+    done = [step.get("run") or step["uses"].partition("@")[0] for step in steps if "if" not in step]
+    _, *after = done[done.index("make docs") :]
+    assert [line.split(" --shots")[0] for line in after] == [
+        ".venv/bin/python scripts/check_site.py --site _docs",
+        "actions/upload-pages-artifact",
+        "actions/deploy-pages",
+    ]
+    assert next(s for s in steps if "pages-artifact" in s.get("uses", ""))["with"]["path"] == "_docs"
+
+
 def test_what_readers_were_promised_is_in_the_navigation():
     "Guides, reference, defects, benchmarks and lab log, each under its heading."
     found = {name: [p.source.as_posix() for p in group] for name, group in docs.sections(pages()).items()}
@@ -83,7 +130,7 @@ def test_what_readers_were_promised_is_in_the_navigation():
         "": ["index.ipynb"],
         "Tutorial": ["nbs/00_config.ipynb", "nbs/06_dilated.ipynb", "nbs/16_distributed.ipynb"],
         "Guides": [
-            "nbs/explanations/variants.qmd",
+            "nbs/explanations/variants.ipynb",
             "nbs/explanations/explorer.qmd",
             "nbs/explanations/cluster.qmd",
             "nbs/examples/gigapath.ipynb",
@@ -118,12 +165,38 @@ def test_links_of_names_lead_to_headings():
     text = "[`_run`](../nbs/a.html#_run), [`A.f`](../nbs/a.html#a.f), [`A`](../nbs/a.html#a), [text](../nbs/a.html#a.f)"
     wanted = "`_run`, [`A.f`](../nbs/a.html#a), [`A`](../nbs/a.html#a), [text](../nbs/a.html#a.f)"
     assert docs.plain_links(text) == wanted
+    fenced = "```python\nf(x) # see [`A`](../nbs/a.html#a)\n```\n"
+    assert docs.plain_links(fenced + text) == "```python\nf(x) # see `A`\n```\n" + wanted
 
 
 def test_names_stand_once_on_a_page():
     body = '<a id="a"></a>\n<h2 id="a">A<a href="#a">x</a></h2><p><a id="b"></a></p><h2 id="a">A<a href="#a">x</a></h2>'
     wanted = '\n<h2 id="a">A<a href="#a">x</a></h2><p><a id="b"></a></p><h2 id="a-1">A<a href="#a-1">x</a></h2>'
     assert docs.distinct(body) == wanted
+
+
+@pytest.mark.parametrize(
+    "text", ["int | None", 'Float[Tensor, "b n h d"]', "tuple[int, ...]", "A.__call__", "x**2 * `$`"]
+)
+def test_code_of_the_reference_has_no_sign_that_markdown_reads(text):
+    "pandoc makes quotes curly, `...` one sign and `__call__` bold within `<code>`; a bar ends a table's cell."
+    made = reference.code(text)
+    inner = made.removeprefix("<code>").removesuffix("</code>")
+    assert re.fullmatch(r"(?:[A-Za-z0-9 ]|&#\d+;)+", inner) and html.unescape(inner) == text
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(f"| a | b |\n|---|---|\n| {made} | c |")])
+    body, _ = docs.exporter().from_notebook_node(docs.tidy(notebook, {}))
+    assert [html.unescape(x) for x in re.findall(r"<td><code>(.*?)</code></td>", body)] == [text]
+
+
+def test_links_of_the_reference_lead_to_headings(tmp_path):
+    "Letter by letter, as browsers compare them: pandoc keeps the capitals of a given name, the preview does not."
+    folder = tmp_path / "reference"
+    texts = {path.name: path.read_text(encoding="utf-8") for path in reference.write(docs.modules(), folder, "git")}
+    places = {name: re.findall(r"^#+ .*\{#([^}]+)\}$", text, re.MULTILINE) for name, text in texts.items()}
+    links = [m.groups() for m in re.finditer(r"\]\((\w+\.qmd)#([^)]+)\)", texts["index.qmd"])]
+    assert len(links) > 300
+    assert [link for link in links if link[1] not in places[link[0]]] == []
+    assert [name for name, some in places.items() if len(set(some)) < len(some)] == []
 
 
 # ---- the browser test ------------------------------------------------------------------------------------------------
@@ -146,6 +219,7 @@ FAULTS = {
     "<h1>second</h1>": "2 first headings",
     "<button></button>": "a control without a name",
     '<i id="site-menu"></i>': "two elements are called #site-menu",
+    "<p>[<a href='#head'>a</a>](index.html)</p>": "a link that is shown as Markdown",
     "<svg></svg>": "a drawing without a description",
 }
 

@@ -108,6 +108,19 @@
 
   const fullCacheBytes = (o) => 2 * o.kvHeads * o.n * o.headDim * o.bytes * o.layers * o.batch;
 
+  // whether no token can ever see beyond its segment of the longest branch: all others lie within such segments
+  const confined = (o) => o.lengths.every((w) => Math.max(...o.lengths) % w === 0);
+
+  // a number with three digits (four from 1,000 to 1,023) and a unit
+  function scaled(x, units, base) {
+    let i = 0;
+    const shown = () => (i && x < 999.5 ? x.toPrecision(3) : String(Math.round(x)));
+    while (+shown() >= base && i < units.length - 1) { x = Math.max(1, x / base); i++; }
+    return `${shown()} ${units[i]}`;
+  }
+  const flop = (x) => scaled(x, ["FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP", "ZFLOP"], 1000);
+  const size = (x) => scaled(x, ["B", "KiB", "MiB", "GiB", "TiB", "PiB"], 1024);
+
   function complaint(o) {
     const whole = (name, x, low, high) => (Number.isInteger(x) && x >= low && x <= high ? "" : `${name} must be a whole number from ${low} to ${high}, got ${x}`);
     if (o.lengths.length !== o.rates.length) return `every branch needs one segment length and one rate, got ${o.lengths.length} and ${o.rates.length}`;
@@ -121,7 +134,7 @@
     return "";
   }
 
-  window.patternExplorer = { branchHeads, cells, pairs, flops, denseFlops, reached, cacheBytes, fullCacheBytes, complaint };
+  window.patternExplorer = { branchHeads, cells, pairs, flops, denseFlops, reached, cacheBytes, fullCacheBytes, confined, flop, size, complaint };
 
   // ---- the page ----
   const PRESETS = {
@@ -160,9 +173,6 @@
     return { lengths: list(input.lengths.value), rates: list(input.rates.value), heads: number("heads"), kvHeads: number("kvHeads"), n: number("n"), mixing: input.mixing.value,
       offsets: input.offsets.value, causal: input.causal.checked, headDim: number("headDim"), layers: number("layers"), batch: number("batch"), bytes: input.bytes.value === "float32" ? 4 : 2 };
   }
-  const scaled = (x, units, base) => { let i = 0; while (x >= base && i < units.length - 1) { x /= base; i++; } return `${i ? x.toPrecision(3) : x} ${units[i]}`; };
-  const flop = (x) => scaled(x, ["FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP", "ZFLOP"], 1000);
-  const size = (x) => scaled(x, ["B", "KiB", "MiB", "GiB", "TiB", "PiB"], 1024);
   const colour = (g) => `var(--e${g + 1})`;
   const escape = (text) => text.replace(/[&<>"]/g, (c) => `&#${c.charCodeAt(0)};`);
 
@@ -179,12 +189,14 @@
   }
 
   function reachPicture(o, token) {
-    if (o.n > 1024) return `<h2>Receptive field</h2><p>Drawn for up to 1,024 tokens. No token sees beyond the longest segment, ${Math.max(...o.lengths).toLocaleString("en")} tokens, however many layers there are.</p>`;
+    const longest = Math.max(...o.lengths).toLocaleString("en"), crossing = "Not every segment length divides the longest, so segments lie across borders of others, and what a token knows can pass on from one to the next, layer after layer.";
+    const limit = confined(o) ? `Every segment length divides the longest, so no token ever learns of what lies outside its own segment of ${longest} tokens, however many layers there are.` : crossing;
+    if (o.n > 1024) return `<h2>Receptive field</h2><p id="explorer-limit">Drawn for up to 1,024 tokens. ${limit}</p>`;
     const rows = reached(o, token, Math.min(o.layers, 12)), parts = [], height = Math.max(1, o.n / 24);
     rows.forEach((row, i) => row.forEach((seen, j) => { if (seen) parts.push(`<rect x="${j}" y="${i * height}" width="1" height="${height * 0.86}" fill="${i ? colour((i - 1) % 7) : "currentColor"}"/>`); }));
     const counts = rows.map((row) => row.reduce((a, b) => a + b, 0));
     const body = counts.map((c, i) => `<tr><td>${i}</td><td>${c}</td><td>${((100 * c) / o.n).toFixed(0)} %</td></tr>`).join("");
-    return `<h2>Receptive field of token ${token}</h2><svg id="explorer-reach" viewBox="0 0 ${o.n} ${rows.length * height}" role="img" aria-label="Inputs that token ${token} depends on: after ${rows.length - 1} layers ${counts.at(-1)} of ${o.n}"><rect class="paper" width="${o.n}" height="${rows.length * height}"/>${parts.join("")}</svg><table><tr><th>layers</th><th>tokens reached</th><th>share</th></tr>${body}</table>`;
+    return `<h2>Receptive field of token ${token}</h2><svg id="explorer-reach" viewBox="0 0 ${o.n} ${rows.length * height}" role="img" aria-label="Inputs that token ${token} depends on: after ${rows.length - 1} layers ${counts.at(-1)} of ${o.n}"><rect class="paper" width="${o.n}" height="${rows.length * height}"/>${parts.join("")}</svg><p id="explorer-limit">${limit}</p><table><tr><th>layers</th><th>tokens reached</th><th>share</th></tr>${body}</table>`;
   }
 
   function draw() {
