@@ -155,7 +155,7 @@ def strange(found: set[str], known, *modules: str) -> set[str]:
 
 
 def test_one_place_that_computes_attention():
-    "Softmaxes, exponentials, fused kernels, each in a function that is listed; of kernels one caller for each direction."
+    "Softmaxes, exponentials, fused kernels, each in a listed function; of kernels one caller for each direction."
     beside = JUDGES | OTHER_SYSTEMS | FUSED
     for found, known in ((calls(SOFTMAX), SOFTMAXES), (calls(EXP), EXPONENTIALS), (kernel_calls(), KERNELS)):
         unexplained = strange(found, known, *beside)
@@ -238,7 +238,7 @@ def dilations(trees=None) -> set[str]:
 
 
 def test_one_place_for_grids_and_merges():
-    "Partial softmaxes are merged in `merge` and `merge_lse_`; grids are cut in `Grid.view`, which two functions ask for."
+    "Partial softmaxes are merged in `merge` and `merge_lse_`; grids are cut in `Grid.view`, made in three places."
     merging = calls(MERGE) | {n for n in calls(r"sigmoid_?") if n.split(".")[0] != "longnet"}
     assert without_modules({n for n in merging if n.split(".")[0] not in OTHER_SYSTEMS}) == {"merge", "merge_lse_"}
     lerps = calls(r"lerp_?")  # out rows, with weights that `partial` made
@@ -634,7 +634,7 @@ def classifiers() -> list[str]:
 
 
 def test_pythons_agree():
-    "The oldest Python of the settings, the classifiers, ruff, mypy; what CI runs is listed, its oldest is what make needs."
+    "Oldest Python of the settings, the classifiers, ruff, mypy; what CI runs is listed, its oldest is what make needs."
     oldest = METADATA["min_python"]
     listed = [c.split(" :: ")[-1] for c in classifiers() if re.search(r":: 3\.\d+$", c)]
     numbers = [tuple(map(int, v.split("."))) for v in listed]
