@@ -680,6 +680,26 @@ def test_nothing_needs_flash_attn():
     assert set(importing) - OTHER_SYSTEMS == {"partial"}
 
 
+OPTIONAL = ["flash_attn", "xformers", "apex", "deepspeed", "torchscale", "fairscale", "transformers", "triton", "timm"]
+
+
+def test_no_module_imports_what_is_optional():
+    "Every module imports where none of it can be had, and asserts nothing about it."
+    code = (
+        f"import sys\nfor name in {OPTIONAL}:\n    sys.modules[name] = None\n"
+        f"import importlib\nfor name in {sorted(set(TREES) - {'__main__'})}:\n"
+        "    importlib.import_module(f'dilated_attention_nb.{name}')\nprint('imported')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "imported", done.stderr
+    for module, tree in TREES.items():
+        for where, node in scopes(tree):
+            if isinstance(node, ast.Assert):
+                assert not {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} & {*OPTIONAL, "flash_attn_func"}, (
+                    f"{module}.{where} asserts a package"
+                )
+
+
 @pytest.mark.parametrize("name", ["ERA001", "N806"])
 def test_the_linter_finds_what_is_wrong(name, tmp_path):
     bad = {"ERA001": "# x = compile(model)\ny = 1\n", "N806": "def f():\n    blockSize = 1\n    return blockSize\n"}
