@@ -85,6 +85,11 @@ FOREIGN = {
     "move_to_end": "OrderedDict",
     "no_grad": "torch",
     "scaled_dot_product_attention": "torch",
+    "CheckpointException": "torch.distributed.checkpoint",
+    "attn_implementation": "transformers",
+    "finalize": "weakref",
+    "mock": "unittest",
+    "nbdev_test": "nbdev",
 }
 NOTATION = {"kv_h", "eps_sum", "NUMBER", "PARAMETER"}  # sizes and formulas in docstrings
 PATH = re.compile(r"[\w.*/-]+\.(?:py|ipynb|qmd|md|jsonl|json|ini|toml|txt|yml|css|png|npz|safetensors)(?!\w)")
@@ -366,7 +371,7 @@ def missing_files(text: str) -> list[str]:
     wrong = []
     for snippet in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text):
         for file in PATH.findall(snippet) + re.findall(r"^([\w.]+/)$", snippet):
-            folders = (ROOT, ROOT / "nbs", ROOT / "tests", PACKAGE)
+            folders = (ROOT, ROOT / "nbs", ROOT / "tests", ROOT / "scripts", ROOT / "benchmarks", PACKAGE)
             if file in GENERATED or Path(file).stem in FOREIGN or file.startswith(("NN_", "/")):
                 continue
             if not any(True for folder in folders for _ in folder.glob(file)):
