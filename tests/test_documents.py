@@ -86,6 +86,7 @@ FOREIGN = {
     "no_grad": "torch",
     "scaled_dot_product_attention": "torch",
     "CheckpointException": "torch.distributed.checkpoint",
+    "KINETO_LOG_LEVEL": "PyTorch's profiler",
     "attn_implementation": "transformers",
     "finalize": "weakref",
     "mock": "unittest",
