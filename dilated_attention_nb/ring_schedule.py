@@ -260,15 +260,13 @@ class Runner:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, dict[Any, Tensor]]:
         "Merged out and lse, and the parcels that are kept."
-        wide = torch.promote_types(q.dtype, torch.float32)
-        out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=wide)
+        if len(self.calls) == 1:
+            out, lse, came = self.run(0, "forward", q, k, v, mask)
+            return out.to(q.dtype), lse, {(0, key): x for key, x in came.items()}
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
         kept: dict[Any, Tensor] = {}
         for at, (qs, ks) in enumerate(self.portions()):
-            o, l, came = self.run(at, "forward", q[:, :, qs], k[:, :, ks], v[:, :, ks], mask)
-            if len(self.calls) == 1:
-                out, lse = o.to(q.dtype), l
-            else:
-                out[:, :, qs], lse[:, :, qs] = o, l
+            out[:, :, qs], lse[:, :, qs], came = self.run(at, "forward", q[:, :, qs], k[:, :, ks], v[:, :, ks], mask)
             kept |= {(at, key): x for key, x in came.items()}
         return out, lse, kept
 

@@ -4,7 +4,7 @@
     python scripts/defects.py --check    write nothing; say what is stale or leads nowhere
 
 A section is a markdown cell with a heading `### ...` and the lines `- **From:** ...`, `- **It did:** ...`,
-`- **Layer:** [name](notebook#anchor)`, `- **Guard:** tests/file.py::test, ...` (each in backticks). A test or an anchor
+`- **Layer:** [name](notebook#anchor)`, `- **Guard:** ...` (ids of tests, each in backticks). A test or an anchor
 that moved to another file is found there and the line is mended; one that is nowhere, or in two places, is reported.
 """
 

@@ -16,6 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
 os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler tells stderr when it starts and stops
 
 import hypothesis
 import pytest
