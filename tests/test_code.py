@@ -413,7 +413,7 @@ def classifiers() -> list[str]:
 
 
 def test_pythons_agree():
-    "The oldest Python of the settings, the classifiers, ruff, mypy; and what CI runs is among those listed."
+    "The oldest Python of the settings, the classifiers, ruff, mypy; and what CI runs is what is listed."
     oldest = METADATA["min_python"]
     listed = [c.split(" :: ")[-1] for c in classifiers() if re.search(r":: 3\.\d+$", c)]
     numbers = [tuple(map(int, v.split("."))) for v in listed]
@@ -425,8 +425,23 @@ def test_pythons_agree():
     tested = [
         p for job in workflow["jobs"].values() for p in job.get("strategy", {}).get("matrix", {}).get("python", [])
     ]
-    assert tested and set(tested) <= set(listed), f"CI runs {tested}, listed are {listed}"
+    assert tested and set(tested) == set(listed), f"CI runs {tested}, listed are {listed}"
+    assert f"needs {oldest} or newer" in (ROOT / "Makefile").read_text()
     assert f"{sys.version_info[0]}.{sys.version_info[1]}" in listed
+
+
+def test_the_readme_of_an_index_has_no_relative_link():
+    "Away from the repository links and pictures point into it; code is left alone."
+    code = "import setuptools; setuptools.setup = lambda **k: print(k['long_description']);"
+    code += " exec(open('setup.py').read(), {'__file__': 'setup.py'})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    here, there = (ROOT / "README.md").read_text(), done.stdout.rstrip("\n") + "\n"
+    fence, link = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE), re.compile(r"\]\(([^)\s]+)\)")
+    assert fence.findall(here) == fence.findall(there)
+    before, after = (link.findall(fence.sub("", text)) for text in (here, there))
+    assert len(before) == len(after) > 20 and all(re.match("https?://|#", target) for target in after)
+    for old, new in zip(before, after):
+        assert new == old or new.removeprefix(f"{METADATA['git_url']}/").split("/", 2)[2] == old
 
 
 def test_flash_attn_has_no_upper_bound():
