@@ -289,7 +289,7 @@ def test_auto_never_chooses_it():
 def model_with_it() -> LongNet:
     "As the notebook of `improved` shows it."
     torch.manual_seed(0)
-    model = LongNet(LongNetConfig(vocab_size=16, dim=16, num_layers=1, num_heads=2, segment_lengths=(8, 16)))
+    model = LongNet(LongNetConfig(16, 1, 2, (8, 16), (1, 2), vocab_size=16))
     changed = [module for module in model.modules() if isinstance(module, ImprovedDilatedAttention)]
     assert len(changed) == 1
     for module in changed:
@@ -410,6 +410,18 @@ except ImportError as error:
     print(tuple(out.shape), error)
 """
     assert script(code).startswith("(1, 8, 2, 8) triton can't be imported; pip install")
+
+
+@pytest.mark.slow
+def test_the_notebooks_pass_without_triton(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['triton'] = None\n")
+    paths = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    notebooks = [f"nbs/{name}.ipynb" for name in ("06c_triton_forward", "06d_triton_backward", "19_main")]
+    command = [sys.executable, str(HERE.parent / "scripts/run_notebooks_tests.py"), *notebooks]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=HERE.parent, env=os.environ | {"PYTHONPATH": paths}, timeout=280
+    )
+    assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout[-3000:]
 
 
 def test_asking_who_is_there_does_not_import_triton():
