@@ -1,12 +1,13 @@
 """Packaging. Every value comes from settings.ini, which nbdev reads too."""
 
+import re
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-PYTHONS = [f"3.{minor}" for minor in range(10, 15)]
+PYTHONS = [f"3.{minor}" for minor in range(11, 13)]  # which CI runs
 STATUSES = {"1": "1 - Planning", "2": "2 - Pre-Alpha", "3": "3 - Alpha", "4": "4 - Beta", "5": "5 - Production/Stable"}
 
 parser = ConfigParser(delimiters=["="])
@@ -20,8 +21,19 @@ def names(key: str) -> list[str]:
 
 
 def readme() -> str:
+    "README.md with its relative links and pictures made absolute, as an index shows it away from the repository."
     path = HERE / "README.md"
-    return path.read_text(encoding="utf-8") if path.exists() else cfg["description"]
+    if not path.exists():
+        return cfg["description"]
+    parts = re.split(r"(^```.*?^```$)", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    link = re.compile(r"(!?)(\[[^\]]*\])\((?![a-z]+:|#|/)([^)\s]+)\)")
+
+    def absolute(found: "re.Match[str]") -> str:
+        kind = "raw" if found[1] else "blob"
+        return f"{found[1]}{found[2]}({cfg['git_url']}/{kind}/{cfg['branch']}/{found[3]})"
+
+    parts[::2] = [link.sub(absolute, part) for part in parts[::2]]  # between the fenced blocks
+    return "".join(parts)
 
 
 tools = names("nbdev_requirements")

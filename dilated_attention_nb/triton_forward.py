@@ -87,7 +87,7 @@ def head_of(x, b, h, strides):
 def load_rows(x, rows, seen, strides, D: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):
     "Rows `[rows, WIDTH]` of a head, 0 where not seen."
     dims = tl.arange(0, WIDTH)
-    at = x + (rows.to(tl.int64) * strides[1])[:, None] + dims[None, :] * strides[3]
+    at = x + (rows.to(tl.int64) * strides[1])[:, None] + (dims.to(tl.int64) * strides[3])[None, :]
     if MASKED:
         if D < WIDTH:
             return tl.load(at, mask=seen[:, None] & (dims < D)[None, :], other=0.0)
@@ -104,7 +104,7 @@ def load_rows(x, rows, seen, strides, D: tl.constexpr, WIDTH: tl.constexpr, MASK
 def store_rows(x, rows, seen, strides, values, D: tl.constexpr, WIDTH: tl.constexpr):
     "Write rows `[rows, WIDTH]` of a head."
     dims = tl.arange(0, WIDTH)
-    at = x + (rows.to(tl.int64) * strides[1])[:, None] + dims[None, :] * strides[3]
+    at = x + (rows.to(tl.int64) * strides[1])[:, None] + (dims.to(tl.int64) * strides[3])[None, :]
     tl.store(at, values, mask=seen[:, None] & (dims < D)[None, :])
 
 # %% ../nbs/06c_triton_forward.ipynb #6795b0c8

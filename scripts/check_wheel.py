@@ -141,7 +141,8 @@ def check_extra(wheel: Path, declared: list[str], extra: str, folder: Path) -> s
             raise SystemExit(f"installed with [{extra}], yet the report says: {said}")
         return f"installed, the report says {said}"
     if missing != ["flash-attn"]:
-        raise SystemExit(f"[{extra}] needs {', '.join(missing)}, which are not installed here: run `make lab` or pip")
+        how = f"{sys.executable} -m pip install -c constraints.txt {' '.join(missing)}"
+        raise SystemExit(f"[{extra}] needs {', '.join(missing)}, not installed here, so it can't be checked: {how}")
     refusal = run(install, folder, f"pip install with [{extra}] and without {missing[0]}", 1)
     if "No matching distribution found for flash-attn" not in refusal:
         raise SystemExit(f"[{extra}] was refused for another reason than {missing[0]}:\n{refusal}")

@@ -3,9 +3,10 @@
     python tests/compile_kernels.py bf16:64:90 fp16:24:80:full:padded
 
 Each argument is dtype:head_dim:compute capability, and then what is special: `full` (not causal), `padded` (with a mask
-and late queries), `one` (one token and one head: Triton compiles arguments that are 1 as constants). The package's own
-functions prepare the launches of all three kernels, with its sizes of blocks for that GPU; a driver that only names the
-GPU stands in for it, and in place of a launch the kernel is compiled.
+and late queries), `one` (one token and one head: Triton compiles arguments that are 1 as constants), `ieee` (float32
+products without TF32, as `use_tf32=False` asks for). The package's own functions prepare the launches of all three
+kernels, with its sizes of blocks for that GPU; a driver that only names the GPU stands in for it, and in place of a
+launch the kernel is compiled.
 """
 
 import json
@@ -94,10 +95,11 @@ def compile_all(dtype: str, head_dim: int, capability: int, flags: list[str]) ->
     q = torch.zeros(1, nq, h, head_dim, dtype=DTYPES[dtype])
     k = torch.zeros(1, nk, kv, head_dim, dtype=DTYPES[dtype])
     mask = torch.zeros(1, nk, dtype=torch.bool) if padded else None
-    call = ((16, 64), (1, 4), causal, "softmax", "blocked")
-    out, lse = triton_forward.fused_forward(q, k, k, mask, *call, not causal, 0.125, True)
-    triton_backward.fused_backward(out, q, k, k, out, lse, mask, *call, 0.125, True)
+    call, tf32 = ((16, 64), (1, 4), causal, "softmax", "blocked"), "ieee" not in flags
+    out, lse = triton_forward.fused_forward(q, k, k, mask, *call, not causal, 0.125, tf32)
+    triton_backward.fused_backward(out, q, k, k, out, lse, mask, *call, 0.125, tf32)
     about = {"dtype": dtype, "head_dim": head_dim, "capability": capability, "shared_limit": SHARED[capability]}
+    about["tf32"] = tf32
     return [about | found for found in reports]
 
 

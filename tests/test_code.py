@@ -646,12 +646,27 @@ def test_pythons_agree():
     tested = [
         p for job in workflow["jobs"].values() for p in job.get("strategy", {}).get("matrix", {}).get("python", [])
     ]
-    assert tested and set(tested) <= set(listed), f"CI runs {tested}, listed are {listed}"
+    assert tested and set(tested) == set(listed), f"CI runs {tested}, listed are {listed}"
+    assert f"needs {oldest} or newer" in (ROOT / "Makefile").read_text()
     assert f"{sys.version_info[0]}.{sys.version_info[1]}" in listed
     needed = re.search(r"sys\.version_info; .*?v >= \((\d+), (\d+)\)", (ROOT / "Makefile").read_text())
     assert ".".join(needed.groups()) == min(tested, key=lambda p: int(p.split(".")[1])), (
         "make needs what CI begins with"
     )
+
+
+def test_the_readme_of_an_index_has_no_relative_link():
+    "Away from the repository links and pictures point into it; code is left alone."
+    code = "import setuptools; setuptools.setup = lambda **k: print(k['long_description']);"
+    code += " exec(open('setup.py').read(), {'__file__': 'setup.py'})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    here, there = (ROOT / "README.md").read_text(), done.stdout.rstrip("\n") + "\n"
+    fence, link = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE), re.compile(r"\]\(([^)\s]+)\)")
+    assert fence.findall(here) == fence.findall(there)
+    before, after = (link.findall(fence.sub("", text)) for text in (here, there))
+    assert len(before) == len(after) > 20 and all(re.match("https?://|#", target) for target in after)
+    for old, new in zip(before, after):
+        assert new == old or new.removeprefix(f"{METADATA['git_url']}/").split("/", 2)[2] == old
 
 
 def test_flash_attn_has_no_upper_bound():

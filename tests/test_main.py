@@ -37,9 +37,11 @@ def test_it_says_what_is_here():
     taken = [name for name, line in said.items() if line.endswith('"auto" takes')]
     assert taken == ["backend flash"]
     share = re.fullmatch(
-        r"passed in [\d.]+ s: forward and backward at most ([\d.]+) of the error allowed", said["self-check"]
+        r"passed in [\d.]+ s(?:, more than the usual second)?: ([\w, ]+); "
+        r"forward and backward at most ([\d.]+) of the error allowed",
+        said["self-check"],
     )
-    assert share and 0 < float(share[1]) <= 1
+    assert share and share[1] == "auto, flash, math" and 0 < float(share[2]) <= 1
 
 
 def test_what_is_not_installed_is_missed():
@@ -60,6 +62,16 @@ def test_a_failed_check_says_by_how_much_and_sets_the_status(monkeypatch, capsys
     assert module.main(["--device", "cpu"]) == 1
     last = capsys.readouterr().out.splitlines()[-1]
     assert re.match(r"self-check +FAILED, float32, groups: out\[.*error \S+ is \S+ times the \S+ allowed", last)
+
+
+def test_every_backend_that_is_here_is_checked(monkeypatch, capsys):
+    def wrong(*x, backend, **options):
+        return dilated_attention(*x, backend=backend, **options) * (1.01 if backend == "math" else 1)
+
+    monkeypatch.setattr(module, "dilated_attention", wrong)
+    assert module.main(["--device", "cpu"]) == 1
+    assert re.search(r"FAILED, float32, groups: out\[.*\(backend math\)$", capsys.readouterr().out.splitlines()[-1])
+    assert not module.self_check(CPU, "cudnn"), "which takes no dtype here"
 
 
 def test_the_gradient_is_checked_too(monkeypatch):
