@@ -6,8 +6,9 @@
 
 The goals, on a GPU of the H100 class: 0.85 times the throughput of bundled FlashAttention on tensors that were gathered
 beforehand, forward and forward+backward (`floor`); 15 times faster than dense flash at 131,072 tokens, 12 heads of 64,
-causal, forward (`dense`); 16 million tokens forward on one GPU of 141 GB (`long`). `sizes_forward`, `sizes_queries` and
-`sizes_keys` time other sizes of blocks, each within ten minutes: what there was no time for is named.
+causal, forward (`dense`); 16 million tokens forward on one GPU of 141 GB (`long`). The sections
+sizes_forward, sizes_queries and sizes_keys time other sizes of blocks, each within ten minutes: what there was no time
+for is named.
 
 Ratios compare runs that alternate within one process. Without CUDA the script says so and measures nothing.
 """
