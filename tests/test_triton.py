@@ -92,6 +92,7 @@ def test_equals_the_oracle_on_drawn_cases(case):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # the interpreter takes three seconds a case, more beside other work
 @settings(max_examples=120)
 @given(case=attention_cases(max_length=70, dtypes=(torch.float32, brain, half)))
 def test_equals_the_oracle_on_many_drawn_cases(case):
