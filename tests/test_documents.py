@@ -509,4 +509,4 @@ def test_every_defect_is_shown_and_asserted(path):
         if here["cell_type"] == "markdown" and title:
             code = "".join(after["source"])
             assert after["cell_type"] == "code" and "assert" in code and "eval: false" not in code, title[1]
-            assert len(cells) <= 75  # a page
+            assert len(cells) <= 60
