@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import time
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def test_it_says_what_is_here():
         assert said[f"backend {name}"].startswith(f"not available: {reason}" if reason else "available")
     taken = [name for name, line in said.items() if line.endswith('"auto" takes')]
     assert taken == ["backend flash"]
+    assert re.fullmatch(r"[\d.]+ s, in which PyTorch loads code that it needs once", said["first call"])
     share = re.fullmatch(
         r"passed in [\d.]+ s(?:, more than the usual second)?: ([\w, ]+); "
         r"forward and backward at most ([\d.]+) of the error allowed",
@@ -62,6 +64,23 @@ def test_a_failed_check_says_by_how_much_and_sets_the_status(monkeypatch, capsys
     assert module.main(["--device", "cpu"]) == 1
     last = capsys.readouterr().out.splitlines()[-1]
     assert re.match(r"self-check +FAILED, float32, groups: out\[.*error \S+ is \S+ times the \S+ allowed", last)
+
+
+def test_what_a_first_call_loads_is_timed_before_the_check(monkeypatch, capsys):
+    slept, called = 0.6, []
+
+    def first(*x, **options):
+        if not called:
+            time.sleep(slept)
+        called.append(options)
+        return dilated_attention(*x, **options)
+
+    monkeypatch.setattr(module, "dilated_attention", first)
+    assert module.main(["--device", "cpu"]) == 0
+    before, last = capsys.readouterr().out.splitlines()[-2:]
+    assert float(re.match(r"first call +([\d.]+) s", before)[1]) >= slept
+    assert len(called) > 12 and all(options["backend"] for options in called), "the checks are no first call"
+    assert re.match(r"self-check +passed in ", last)
 
 
 def test_every_backend_that_is_here_is_checked(monkeypatch, capsys):
