@@ -503,14 +503,6 @@ def test_the_papers_heads_all_attend(path):
         assert PATHS[path](q, k, v, mixing=mixing, **options).any(3).any(1).all()
 
 
-def test_attention_is_computed_in_one_place():
-    "No module but `partial`, the oracle that judges it and what it is compared with calls a softmax or a fused kernel."
-    for file in Path(partial.__file__).parent.glob("*.py"):
-        if file.stem not in ("partial", "testing", "benchmarks"):
-            found = re.findall(r"scaled_dot_product\w*|F\.softmax|torch\.softmax|\w*flash_attn_func", file.read_text())
-            assert not found, (file.name, found)
-
-
 def test_caches_are_bounded():
     for cache in (masking.tiles, partial._chosen):
         assert 0 < cache.cache_parameters()["maxsize"] <= 1024

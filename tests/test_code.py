@@ -677,7 +677,7 @@ def test_flash_attn_has_no_upper_bound():
 
 
 def test_nothing_needs_flash_attn():
-    "With the package hidden, everything imports and a step of training runs; it is named nowhere but in its backend."
+    "With the package hidden, everything imports and a model runs forward and backward; only its backend imports it."
     code = (
         "import sys; sys.modules['flash_attn'] = None\n"
         "import torch\nfrom dilated_attention_nb import LongNet, LongNetConfig\n"

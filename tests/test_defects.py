@@ -7,6 +7,7 @@ contain a path are tested with those that made them: tests/test_transformers.py,
 """
 
 import copy
+import dataclasses
 import gc
 import json
 import pickle
@@ -54,6 +55,7 @@ from dilated_attention_nb.multihead import (
 )
 from dilated_attention_nb.partial import attend, math_backward
 from dilated_attention_nb.ring import RingDilatedAttention, simulate_ring
+from dilated_attention_nb.ring_layer import RingLayer
 from dilated_attention_nb.ring_schedule import run_together
 from dilated_attention_nb.testing import assert_causal, check_against_oracle, make_qkv, oracle_attention
 
@@ -705,12 +707,17 @@ def test_grids_are_made_once():
 
 
 def modules() -> list[torch.nn.Module]:
-    "Every attention of the package, and a model."
+    """Every attention that the factory builds, one of them with parameters of its own.
+
+    Layers and models around them are tested with those that made them: tests/test_multihead.py, tests/test_longnet.py,
+    and a model's copies below.
+    """
     branches = (8, 32), (1, 2)
     return [
         DilatedAttention(DilatedAttentionConfig(*branches, mixing="softmax")),
         ImprovedDilatedAttention(DilatedAttentionConfig(*branches, mixing="softmax")),
         RingDilatedAttention(RingAttentionConfig(*branches)),
+        BlockSparseRingDilatedAttention(BlockSparseRingConfig(*branches, block_size=16)),
         BlockSparseAttention(SparseAttentionConfig(*branches, block_size=16)),
         BlockSparseAttention(
             SparseAttentionConfig(
@@ -723,6 +730,11 @@ def modules() -> list[torch.nn.Module]:
 each_module = pytest.mark.parametrize(
     "which", range(len(modules())), ids=lambda i: f"{i}-{type(modules()[i]).__name__}"
 )
+
+
+def test_no_attention_is_left_out_of_these_tests():
+    built = {type(create_dilated_attention(kind, segment_lengths=(8, 32), dilation_rates=(1, 2))) for kind in KINDS}
+    assert {type(module) for module in modules()} == built
 
 
 @each_module
@@ -742,7 +754,7 @@ def test_copies_work_twice(which):
     twins = [copy.deepcopy(module)]
     expected = module(q, k, v)
     twins.append(copy.deepcopy(module))
-    if not isinstance(module, RingDilatedAttention):
+    if not isinstance(module, RingLayer):
         twins.append(pickle.loads(pickle.dumps(module)))
     for twin in twins:
         assert torch.equal(twin(q, k, v), expected) and torch.equal(twin(q, k, v), expected)
@@ -887,6 +899,8 @@ def test_no_locks_in_a_forward_pass():
         found = locks_taken(lambda which=which: modules()[which], lambda m: m(q, k, v))
         fixed = isinstance(module, BlockSparseAttention) and not list(module.parameters())
         assert found[1:] == ([2, 2] if fixed else [0, 0]), (which, found)
+    lent = locks_taken(UnifiedMemoryPool, lambda pool: pool.return_buffer(pool.get_buffer((4,), torch.float32)))
+    assert lent[1:] == [2, 2]
 
 
 def test_memory_info_before_and_after():
@@ -1009,8 +1023,26 @@ def test_every_kind_can_be_built(kind):
 
 FIELDS = dict(
     num_heads=2, bias=False, layer_norm=False, layer_norm_eps=0.1, gamma_init=2.0, num_kv_heads=2,
-    segment_lengths=(8, 32), dilation_rates=(1, 2), dropout=0.9, mixing="softmax",
+    segment_lengths=(8, 32), dilation_rates=(1, 2), dropout=0.9, mixing="softmax", offsets="interleaved",
+    ragged="zeros",
 )  # fmt: skip
+# Where a field counts only together with another: offsets of several branches a head, lengths that w does not divide.
+BESIDE = {"offsets": dict(mixing="softmax"), "ragged": dict(segment_lengths=(8, 20), ragged="mask")}
+ELSEWHERE = {  # fields that change no number of this layer on the CPU, and the test of what they do
+    "embed_dim": "tests/test_config.py::test_head_rules",  # the width of the input itself
+    "max_head_dim": "tests/test_config.py::test_head_rules",  # a limit: accepts or refuses
+    "use_tf32": "tests/test_attention.py::test_tf32_is_set_within_and_put_back",  # of GPUs
+    "device": "tests/test_multihead.py::test_config_places_the_parameters",
+    "dtype": "tests/test_multihead.py::test_config_places_the_parameters",
+}
+
+
+def test_no_field_is_left_out_of_these_tests():
+    "Of both configs of a layer: changed below, or named above with its test."
+    fields = {f.name for config in (MultiheadConfig, DilatedAttentionConfig) for f in dataclasses.fields(config)}
+    assert fields == FIELDS.keys() | ELSEWHERE.keys() and not FIELDS.keys() & ELSEWHERE.keys()
+    for file, name in (test.split("::") for test in ELSEWHERE.values()):
+        assert f"\ndef {name}(" in (ROOT / file).read_text()
 
 
 @pytest.mark.parametrize("field", FIELDS)
@@ -1019,7 +1051,7 @@ def test_every_field_changes_the_layer(field):
 
     def built(**change):
         torch.manual_seed(0)
-        base = dict(embed_dim=32, num_heads=4, segment_lengths=(8, 16), dilation_rates=(1, 3))
+        base = dict(embed_dim=32, num_heads=4, segment_lengths=(8, 16), dilation_rates=(1, 3)) | BESIDE.get(field, {})
         layer = create_multihead_dilated_attention("auto", **base | change)
         x = torch.randn(1, 32, 32, generator=torch.Generator().manual_seed(1))
         return layer(x)[0].detach(), sum(p.numel() for p in layer.parameters())

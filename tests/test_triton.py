@@ -414,6 +414,34 @@ except ImportError as error:
     assert script(code).startswith("(1, 8, 2, 8) triton can't be imported; pip install")
 
 
+@pytest.mark.parametrize("module", ["triton_forward", "triton_backward"])
+@pytest.mark.parametrize(
+    "fault,said",
+    [
+        ("import nowhere_to_be_found", "No module named 'nowhere_to_be_found'"),
+        ("raise ImportError('undefined symbol')", "undefined symbol"),
+        ("", "No module named 'triton.language'"),
+    ],
+)
+def test_a_broken_triton_is_not_taken_for_none(module, fault, said, tmp_path):
+    "A Triton that is there and cannot be imported: its own error comes through."
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton/__init__.py").write_text(fault + "\n")
+    code = f"""
+import sys
+from unittest import mock
+if {module!r} == "triton_backward":  # which imports the other
+    sys.modules["dilated_attention_nb.triton_forward"] = mock.MagicMock()
+sys.path.insert(0, {str(tmp_path)!r})
+try:
+    import dilated_attention_nb.{module}
+    print("imported")
+except ImportError as error:
+    print(error)
+"""
+    assert script(code).strip() == said
+
+
 @pytest.mark.slow
 def test_the_notebooks_pass_without_triton(tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['triton'] = None\n")
