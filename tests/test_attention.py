@@ -5,7 +5,6 @@ import dataclasses
 import json
 import math
 import pickle
-import re
 import threading
 from itertools import islice
 from pathlib import Path
