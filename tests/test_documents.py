@@ -186,7 +186,11 @@ def added_later() -> dict[tuple[str, str], str]:
     found = {}
     for module, tree in trees().items():
         for target in (t for node in tree.body if isinstance(node, ast.Assign) for t in node.targets):
-            if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) and target.value.id[0].isupper():
+            if (
+                isinstance(target, ast.Attribute)
+                and isinstance(target.value, ast.Name)
+                and target.value.id[0].isupper()
+            ):
                 found[target.value.id, target.attr] = module
     return found
 
