@@ -2,7 +2,7 @@
 #
 #   make demo        train a small LongNet on real text (options: make demo ARGS="--minutes 1 --text ~/books")
 #   make demo-distributed   the same with each sequence cut over two processes (ARGS="--steps 40": another length)
-#   make test        everything that CI checks
+#   make test        lint, types, notebooks and tests; CI also runs test-site and test-slow
 #   make test-slow   the tests that take minutes, too
 #   make lab         JupyterLab at index.ipynb
 #   make export      write the modules, the package root and README.md from the notebooks
