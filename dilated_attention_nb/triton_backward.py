@@ -37,7 +37,9 @@ from dilated_attention_nb.triton_forward import (
 try:
     import triton
     import triton.language as tl
-except ImportError:
+except ModuleNotFoundError as error:
+    if error.name != "triton":  # it is here, and something is wrong with it
+        raise
     triton, tl = None, SimpleNamespace(constexpr=None)
 
 # %% ../nbs/06d_triton_backward.ipynb #5491ee7f

@@ -24,7 +24,10 @@ from .fused_plan import Table, class_table, sides
 try:
     import triton
     import triton.language as tl
-except ImportError:  # the module can be imported all the same; `available_backends` says what is missing
+except ModuleNotFoundError as error:
+    if error.name != "triton":  # it is here, and something is wrong with it
+        raise
+    # The module can be imported all the same; `available_backends` says what is missing.
     triton, tl = None, SimpleNamespace(constexpr=None)
 
 # %% ../nbs/06c_triton_forward.ipynb #41d22fa0
@@ -53,14 +56,22 @@ def place(classes, CLASSES: tl.constexpr, OWN: tl.constexpr):
 
 
 @jit
+def common(a, b):
+    "The greatest common divisor."
+    while b > 0:
+        a, b = b, a % b
+    return a
+
+
+@jit
 def branch(branches, e, low, high, stride, ENTRIES: tl.constexpr):
     "Branch e of this head: w, r, s, the head to read, its segments from `low` to `high`, and whether all rows are in."
     at = branches + (tl.program_id(1) * ENTRIES + e) * 4
     w, r, s, other = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
-    first, last = low // w, high // w
-    alike = (stride % r == 0) & ((first == last) | (w % r == 0))  # all rows on the grid, or none
-    last = tl.where(alike & ((low % w) % r != s), first - 1, last)
-    return w, r, s, other, first, last, alike & (first == last)
+    first, last, g = low // w, high // w, common(stride, r)
+    alike = (first == last) | (w % g == 0)  # modulo g all rows are at the same place of their segments
+    last = tl.where(alike & ((low % w - s) % g != 0), first - 1, last)
+    return w, r, s, other, first, last, (g == r) & (first == last)
 
 
 @jit
