@@ -307,9 +307,7 @@ def test_equal_budgets_are_equal():
         assert abs(spent - comparison.SECONDS) <= sum(ms[name]) / 2e3  # each stage ends within half a step of its share
     same = [(name, seed, plan) for equal, name, seed, plan in plans if equal == "steps"]
     assert {plan for *_, plan in same} == {in_time[comparison.ORIGINAL]}
-    others = (
-        set(names) - comparison.SAME
-    )  # the original takes these steps anyway, and the same model in another way would
+    others = set(names) - comparison.SAME  # these are one model, and the original takes these steps anyway
     assert {x[:2] for x in same} == {(name, seed) for name in others for seed in comparison.SEEDS}
     assert len(same) == len(set(same)) and len(plans) == len(same) + len(names) * len(comparison.SEEDS)
 

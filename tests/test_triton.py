@@ -32,6 +32,8 @@ from dilated_attention_nb.testing import (
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+import triton.language as tl
+
 from dilated_attention_nb import triton_forward
 from dilated_attention_nb.triton_backward import fused_backward
 from dilated_attention_nb.triton_forward import Blocks, block_sizes, fused_forward
@@ -361,6 +363,40 @@ def test_says_that_it_is_not_installed(monkeypatch):
     monkeypatch.setattr(partial, "find_spec", lambda name: None)
     assert "pip install 'dilated-attention-nb[triton]'" in available_backends(DEVICE)["triton"]
     assert "runs on CUDA" in available_backends("mps")["efficient"]
+
+
+@triton_forward.jit
+def kernel_of_branch(branches, rows, found, ENTRIES: tl.constexpr):
+    "What a program learns of each branch: its segments, and whether all rows are in."
+    low, high, stride = tl.load(rows), tl.load(rows + 1), tl.load(rows + 2)
+    for e in range(ENTRIES):
+        _, _, _, _, first, last, whole = triton_forward.branch(branches, e, low, high, stride, ENTRIES)
+        tl.store(found + 3 * e, first)
+        tl.store(found + 3 * e + 1, last)
+        tl.store(found + 3 * e + 2, whole.to(tl.int32))
+
+
+def test_no_branch_is_visited_that_no_row_can_be_on():
+    "Results can't tell, as keys that are visited in vain are masked: so the program's own question is asked."
+    branches = [(w, r, s, 0) for w in (4, 6, 16, 30) for r in (1, 2, 3, 4, 6) for s in (0, r // 2, r - 1)]
+    table = torch.tensor(branches, dtype=torch.int32, device=DEVICE)
+    skipped = partly = 0
+    for stride in (1, 2, 3, 4, 8, 12):
+        for low, count in ((0, 1), (1, 2), (7, 4), (10, 3)):
+            high = low + stride * (count - 1)
+            rows = torch.tensor([low, high, stride], dtype=torch.int32, device=DEVICE)
+            found = torch.zeros(len(branches), 3, dtype=torch.int32, device=DEVICE)
+            kernel_of_branch[(1, 1, 1)](table, rows, found, len(branches))
+            for (w, r, s, _), (first, last, whole) in zip(branches, found.tolist()):
+                one = low // w == high // w
+                # As far on as the grid repeats, in one segment; the same in all segments if r divides w.
+                on = {((i - low // w * w) - s) % r == 0 for i in range(low, low + stride * r, stride)}
+                assert first == low // w and bool(whole) == (one and on == {True})
+                if one or w % r == 0:
+                    assert (last >= first) == (True in on) and last in (first - 1, high // w), (w, r, s, low, stride)
+                    skipped += True not in on and stride % r > 0
+                    partly += len(on) == 2
+    assert skipped > 100 and partly > 100
 
 
 @interpreted
