@@ -17,11 +17,13 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, TypeVar, get_type_hints
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -578,3 +580,20 @@ class MemoryPoolConfig(Config):
         if self.hot_cache_size > self.max_pool_size:
             rule = f"be at most max_pool_size {self.max_pool_size}"
             raise ValueError(complaint("hot_cache_size", rule, self.hot_cache_size, "lower it or raise max_pool_size"))
+
+# %% ../nbs/00_config.ipynb #5b1f0a62
+_renewed: "WeakSet[Any]" = WeakSet()  # what has a lock, as long as it lives
+
+
+def renew_in_forks(owner: Any) -> None:
+    "Call `owner.renew()` in every process that is forked from this one, before anything else runs there."
+    _renewed.add(owner)
+
+
+def _renew_all() -> None:
+    for owner in list(_renewed):
+        owner.renew()
+
+
+if hasattr(os, "register_at_fork"):  # where there is fork
+    os.register_at_fork(after_in_child=_renew_all)
