@@ -309,8 +309,8 @@ class UnifiedMemoryPool:
         self._shelf = Shelf(self.config)
         self._loans = loans
         self._lent = self._peak = sum(loan.block.kind.nbytes for loan in loans.values())
-        zeros = dict.fromkeys(("hits", "evictions", "hot_cache_hits", "dropped", "discarded"), 0)
-        self._count = Counter(misses=len(loans), allocations=len(loans), **zeros)
+        self._count = Counter(hits=0, misses=0, evictions=0, hot_cache_hits=0, allocations=0, dropped=0, discarded=0)
+        self._count.update(misses=len(loans), allocations=len(loans))
 
     def get_buffer(
         self,
