@@ -607,3 +607,15 @@ def test_checks_compile_whole_and_lengths_stay_symbolic():
     assert counter.frame_count <= 2
     with pytest.raises(Unsupported, match="sequence length 10 is not a multiple of segment length 4; pass ragged"):
         compiled(q[:, :10], q[:, :10], q[:, :10], torch.zeros(2, 10, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("word", ["lr", "depth", "block_size", "pad_to", "zz"])
+def test_hints_are_near(word):
+    known = tuple(f.name for f in dataclasses.fields(DilatedAttentionConfig))
+    for refuse in (
+        lambda: DilatedAttentionConfig.from_dict(BRANCHES | {word: 1}),
+        lambda: check_choice("name", word, known),
+    ):
+        with pytest.raises(ValueError) as error:
+            refuse()
+        assert "did you mean" not in str(error.value) and all(name in str(error.value) for name in known)
