@@ -9,8 +9,9 @@ __all__ = ['MIXINGS', 'OFFSETS', 'RAGGED', 'BACKENDS', 'LAYER_BACKENDS', 'RING_S
            'check_dropout', 'check_scale', 'check_flag', 'nearest', 'check_choice', 'check_ints', 'check_branches',
            'check_heads', 'valid_lengths', 'check_length', 'check_floats', 'check_alike', 'check_padding', 'check_qkv',
            'check_device', 'check_dtype', 'check_home', 'check_placement', 'Config', 'check_config',
-           'DilatedAttentionConfig', 'check_head_dim', 'check_kv_heads', 'MultiheadConfig', 'RingAttentionConfig',
-           'SparseAttentionConfig', 'BlockSparseRingConfig', 'DistributedConfig', 'MemoryPoolConfig']
+           'DilatedAttentionConfig', 'ConfiguredModule', 'check_head_dim', 'check_kv_heads', 'MultiheadConfig',
+           'RingAttentionConfig', 'SparseAttentionConfig', 'BlockSparseRingConfig', 'DistributedConfig',
+           'MemoryPoolConfig']
 
 # %% ../nbs/00_config.ipynb #3d0f6ed4
 import dataclasses
@@ -24,7 +25,7 @@ from numbers import Integral, Real
 from typing import Any, TypeVar, get_type_hints
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # %% ../nbs/00_config.ipynb #2ddb1b55
 def complaint(name: str, rule: str, got: Any, advice: str) -> str:
@@ -412,6 +413,23 @@ class DilatedAttentionConfig(Config):
     def num_branches(self) -> int:
         "G, the number of pairs (w, r)."
         return len(self.segment_lengths)
+
+# %% ../nbs/00_config.ipynb #5b90d2e7
+class ConfiguredModule(nn.Module):
+    """A module made of configs, which it keeps as attributes.
+
+    Setting a field of theirs on it, or another config, is an `AttributeError`: it would have little effect or none.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        configs = {key: config for key, config in vars(self).items() if isinstance(config, Config)}
+        own = name in vars(self) or any(
+            name in vars(self).get(part, ()) for part in ("_parameters", "_buffers", "_modules")
+        )
+        if name in configs or (not own and any(name in c.__dataclass_fields__ for c in configs.values())):
+            advice = "make another module of another config, and load this one's state_dict"
+            raise AttributeError(complaint(name, "be chosen when the module is made", shown(value), advice))
+        super().__setattr__(name, value)
 
 # %% ../nbs/00_config.ipynb #4c133234
 def _heads_that_fit(embed_dim: int, num_heads: int, max_head_dim: int) -> list[int]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.nn.functional import dropout
 
@@ -22,6 +22,7 @@ from dilated_attention_nb.config import (
     MIXINGS,
     OFFSETS,
     RAGGED,
+    ConfiguredModule,
     DilatedAttentionConfig,
     check_branches,
     check_choice,
@@ -473,7 +474,7 @@ def dilated_attention(
     return out
 
 
-class ImprovedDilatedAttention(nn.Module):
+class ImprovedDilatedAttention(ConfiguredModule):
     """`dilated_attention` as a module, with dropout on the output in training. No parameters.
 
     LongNet, Ding et al. 2023, arXiv:2307.02486.

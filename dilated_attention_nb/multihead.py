@@ -24,6 +24,7 @@ from .block_sparse_ring import BlockSparseRingDilatedAttention
 from dilated_attention_nb.config import (
     BlockSparseRingConfig,
     Config,
+    ConfiguredModule,
     DilatedAttentionConfig,
     MultiheadConfig,
     RingAttentionConfig,
@@ -150,7 +151,7 @@ def attention_weights(
     return torch.cat(found, -1)[..., :nk].transpose(1, 2)
 
 
-class MultiheadDilatedAttention(nn.Module):
+class MultiheadDilatedAttention(ConfiguredModule):
     """Multi-head attention whose heads attend dilatedly, called like `nn.MultiheadAttention` with `batch_first=True`.
 
     LongNet, Ding et al. 2023, arXiv:2307.02486; sub-LayerNorm of MAGNETO, Wang et al. 2022, arXiv:2210.06423. Raises
