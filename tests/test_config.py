@@ -622,6 +622,8 @@ def test_hints_are_near(word):
         with pytest.raises(ValueError) as error:
             refuse()
         assert "did you mean" not in str(error.value) and all(name in str(error.value) for name in known)
+
+
 def configured():
     "One module of each kind that is made of a config."
     branches = dict(segment_lengths=(16, 32), dilation_rates=(1, 2))
