@@ -118,9 +118,11 @@ PIPELINE_SCHEDULES = ("1f1b", "gpipe")  # backward as soon as possible, or after
 EVICTION_POLICIES = ("lru", "lfu", "adaptive")
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
-    "The entry of `known` that is spelt most like `word`."
-    return max(known, key=lambda k: difflib.SequenceMatcher(None, word.lower(), k).ratio())
+def nearest(word: str, known: Sequence[str]) -> str | None:
+    "The entry of `known` that is spelt most like `word`; None if none shares three fifths of its letters."
+    ratios = {k: difflib.SequenceMatcher(None, word.lower(), k.lower()).ratio() for k in known}
+    best = max(ratios, key=lambda k: ratios[k])
+    return best if ratios[best] >= 0.6 else None
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
@@ -129,8 +131,16 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     if not isinstance(value, str):
         raise TypeError(complaint(name, rule, shown(value), "pass one of these strings"))
     if value not in choices:
-        raise ValueError(complaint(name, rule, reprlib.repr(value), f"did you mean {nearest(value, choices)!r}?"))
+        near = nearest(value, choices)
+        advice = "pass one of these" if near is None else f"did you mean {near!r}?"
+        raise ValueError(complaint(name, rule, reprlib.repr(value), advice))
     return value
+
+# %% ../nbs/00_config.ipynb #5d26dd97
+def hint(word: str, known: Sequence[str]) -> str:
+    "What to do about an unknown word: the nearest, if it is near, or else all that are known."
+    near = nearest(word, known)
+    return f"known are {', '.join(known)}" if near is None else f"did you mean {near!r}?"
 
 # %% ../nbs/00_config.ipynb #e656fa8d
 _LARGEST = 2**48
@@ -340,8 +350,8 @@ class Config:
         fields = {f.name: f for f in dataclasses.fields(cls)}
         for name in values:
             if name not in fields:
-                guess = nearest(str(name), tuple(fields))
-                raise ValueError(f"{cls.__name__} has no field {reprlib.repr(name)}; did you mean {guess!r}?")
+                advice = hint(str(name), tuple(fields))
+                raise ValueError(f"{cls.__name__} has no field {reprlib.repr(name)}; {advice}")
         missing = [n for n, f in fields.items() if n not in values and f.default is dataclasses.MISSING]
         if missing:
             raise ValueError(f"{cls.__name__} needs {', '.join(missing)}, got {', '.join(values) or 'nothing'}; add it")
