@@ -405,7 +405,7 @@ def _keyless(mask: Tensor, nq: int, is_causal: bool) -> Bool[Tensor, "b n 1"]:
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:
-    "Kernels stride over tokens and heads, never within head_dim, and want no token inside another, as in expanded views."
+    "Kernels stride over tokens and heads, never within head_dim, and want tokens that don't overlap or repeat."
     whole, apart = 1 in (x.stride(-1), x.shape[-1]), x.shape[1] == 1 or x.stride(1) >= x.shape[-1]
     return x if whole and apart else x.contiguous()
 
