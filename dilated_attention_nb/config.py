@@ -9,22 +9,25 @@ __all__ = ['MIXINGS', 'OFFSETS', 'RAGGED', 'BACKENDS', 'LAYER_BACKENDS', 'RING_S
            'check_dropout', 'check_scale', 'check_flag', 'nearest', 'check_choice', 'check_ints', 'check_branches',
            'check_heads', 'valid_lengths', 'check_length', 'check_floats', 'check_alike', 'check_padding', 'check_qkv',
            'check_device', 'check_dtype', 'check_home', 'check_placement', 'Config', 'check_config',
-           'DilatedAttentionConfig', 'check_head_dim', 'check_kv_heads', 'MultiheadConfig', 'RingAttentionConfig',
-           'SparseAttentionConfig', 'BlockSparseRingConfig', 'DistributedConfig', 'MemoryPoolConfig']
+           'DilatedAttentionConfig', 'ConfiguredModule', 'check_head_dim', 'check_kv_heads', 'MultiheadConfig',
+           'RingAttentionConfig', 'SparseAttentionConfig', 'BlockSparseRingConfig', 'DistributedConfig',
+           'MemoryPoolConfig']
 
 # %% ../nbs/00_config.ipynb #3d0f6ed4
 import dataclasses
 import difflib
 import json
 import math
+import os
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, TypeVar, get_type_hints
+from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # %% ../nbs/00_config.ipynb #2ddb1b55
 def complaint(name: str, rule: str, got: Any, advice: str) -> str:
@@ -117,9 +120,11 @@ PIPELINE_SCHEDULES = ("1f1b", "gpipe")  # backward as soon as possible, or after
 EVICTION_POLICIES = ("lru", "lfu", "adaptive")
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
-    "The entry of `known` that is spelt most like `word`."
-    return max(known, key=lambda k: difflib.SequenceMatcher(None, word.lower(), k).ratio())
+def nearest(word: str, known: Sequence[str]) -> str | None:
+    "The entry of `known` that is spelt most like `word`; None if none shares three fifths of its letters."
+    ratios = {k: difflib.SequenceMatcher(None, word.lower(), k.lower()).ratio() for k in known}
+    best = max(ratios, key=lambda k: ratios[k])
+    return best if ratios[best] >= 0.6 else None
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
@@ -128,8 +133,16 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     if not isinstance(value, str):
         raise TypeError(complaint(name, rule, shown(value), "pass one of these strings"))
     if value not in choices:
-        raise ValueError(complaint(name, rule, reprlib.repr(value), f"did you mean {nearest(value, choices)!r}?"))
+        near = nearest(value, choices)
+        advice = "pass one of these" if near is None else f"did you mean {near!r}?"
+        raise ValueError(complaint(name, rule, reprlib.repr(value), advice))
     return value
+
+# %% ../nbs/00_config.ipynb #5d26dd97
+def hint(word: str, known: Sequence[str]) -> str:
+    "What to do about an unknown word: the nearest, if it is near, or else all that are known."
+    near = nearest(word, known)
+    return f"known are {', '.join(known)}" if near is None else f"did you mean {near!r}?"
 
 # %% ../nbs/00_config.ipynb #e656fa8d
 _LARGEST = 2**48
@@ -401,8 +414,8 @@ class Config:
         fields = {f.name: f for f in dataclasses.fields(cls)}
         for name in values:
             if name not in fields:
-                guess = nearest(str(name), tuple(fields))
-                raise ValueError(f"{cls.__name__} has no field {reprlib.repr(name)}; did you mean {guess!r}?")
+                advice = hint(str(name), tuple(fields))
+                raise ValueError(f"{cls.__name__} has no field {reprlib.repr(name)}; {advice}")
         missing = [n for n, f in fields.items() if n not in values and f.default is dataclasses.MISSING]
         if missing:
             raise ValueError(f"{cls.__name__} needs {', '.join(missing)}, got {', '.join(values) or 'nothing'}; add it")
@@ -464,6 +477,23 @@ class DilatedAttentionConfig(Config):
     def num_branches(self) -> int:
         "G, the number of pairs (w, r)."
         return len(self.segment_lengths)
+
+# %% ../nbs/00_config.ipynb #5b90d2e7
+class ConfiguredModule(nn.Module):
+    """A module made of configs, which it keeps as attributes.
+
+    Setting a field of theirs on it, or another config, is an `AttributeError`: it would have little effect or none.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        configs = {key: config for key, config in vars(self).items() if isinstance(config, Config)}
+        own = name in vars(self) or any(
+            name in vars(self).get(part, ()) for part in ("_parameters", "_buffers", "_modules")
+        )
+        if name in configs or (not own and any(name in c.__dataclass_fields__ for c in configs.values())):
+            advice = "make another module of another config, and load this one's state_dict"
+            raise AttributeError(complaint(name, "be chosen when the module is made", shown(value), advice))
+        super().__setattr__(name, value)
 
 # %% ../nbs/00_config.ipynb #4c133234
 def _heads_that_fit(embed_dim: int, num_heads: int, max_head_dim: int) -> list[int]:
@@ -640,3 +670,20 @@ class MemoryPoolConfig(Config):
         if self.hot_cache_size > self.max_pool_size:
             rule = f"be at most max_pool_size {self.max_pool_size}"
             raise ValueError(complaint("hot_cache_size", rule, self.hot_cache_size, "lower it or raise max_pool_size"))
+
+# %% ../nbs/00_config.ipynb #5b1f0a62
+_renewed: "WeakSet[Any]" = WeakSet()  # what has a lock, as long as it lives
+
+
+def renew_in_forks(owner: Any) -> None:
+    "Call `owner.renew()` in every process that is forked from this one, before anything else runs there."
+    _renewed.add(owner)
+
+
+def _renew_all() -> None:
+    for owner in list(_renewed):
+        owner.renew()
+
+
+if hasattr(os, "register_at_fork"):  # where there is fork
+    os.register_at_fork(after_in_child=_renew_all)

@@ -10,11 +10,12 @@ from math import inf, log
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import dropout
 
 from dilated_attention_nb.config import (
     BACKENDS,
+    ConfiguredModule,
     DilatedAttentionConfig,
     check_choice,
     check_config,
@@ -85,7 +86,7 @@ def attend_tile(
     return out, lse
 
 # %% ../nbs/06_dilated.ipynb #6e28bceb
-class DilatedAttention(nn.Module):
+class DilatedAttention(ConfiguredModule):
     """Dilated attention in the most direct form: gather, attend, scatter, merge; differentiated by autograd.
 
     Equal to `ImprovedDilatedAttention`, slower, and it keeps intermediate results for the backward pass. No parameters.

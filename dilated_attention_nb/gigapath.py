@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dilated_attention_nb.config import (
     FLOAT_DTYPES,
     Config,
+    ConfiguredModule,
     check_dropout,
     check_flag,
     check_home,
@@ -139,7 +140,7 @@ class GigaPathConfig(Config):
         )  # fmt: skip
 
 
-class GigaPathSlideEncoder(nn.Module):
+class GigaPathSlideEncoder(ConfiguredModule):
     """Tiles and their places to the embedding of a slide, on any device, without flash-attn.
 
     Arguments are the fields of `GigaPathConfig`. Prov-GigaPath, Xu et al. 2024, doi:10.1038/s41586-024-07441-w.

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.nn.functional import dropout, pad
 
@@ -23,6 +23,7 @@ from dilated_attention_nb.config import (
     MIXINGS,
     OFFSETS,
     RAGGED,
+    ConfiguredModule,
     DilatedAttentionConfig,
     check_branches,
     check_choice,
@@ -70,13 +71,13 @@ class Workspace:
 # %% ../nbs/07_improved.ipynb #92e07129
 @dataclass(frozen=True)
 class Series:
-    "Pieces of one tile whose heads and offsets grow by the same steps, so that one view holds them all."
+    "Pieces of one tile whose heads and offsets grow by the same steps, so that one view of any layout holds them all."
 
     heads: slice  # of the first piece
     grid: Grid  # of the first piece
     serves: int  # query heads of a piece
     pieces: int = 1
-    head_step: int = 0
+    head_step: int = 0  # at least 0, as is the next: torch has no negative strides
     offset_step: int = 0
 
     def view(self, x: Tensor) -> Tensor:
@@ -115,7 +116,7 @@ def series(places: list[tuple[slice, Grid, int]]) -> list[Series]:
                 before = replace(before, head_step=steps[0], offset_step=steps[1])
             first = replace(before.grid, offset=grid.offset), serves, heads.stop - heads.start, heads.step
             same = first == (grid, before.serves, before.heads.stop - before.heads.start, before.heads.step)
-            if same and steps == (k * before.head_step, k * before.offset_step):
+            if same and min(steps) >= 0 and steps == (k * before.head_step, k * before.offset_step):
                 found[-1] = replace(before, pieces=k + 1)
                 continue
         found.append(Series(heads, grid, serves))
@@ -637,7 +638,7 @@ def dilated_attention(
     return out
 
 
-class ImprovedDilatedAttention(nn.Module):
+class ImprovedDilatedAttention(ConfiguredModule):
     """`dilated_attention` as a module, with dropout on the output in training. No parameters.
 
     LongNet, Ding et al. 2023, arXiv:2307.02486.

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dilated_attention_nb.config import (
     Config,
+    ConfiguredModule,
     DilatedAttentionConfig,
     MultiheadConfig,
     check_choice,
@@ -198,7 +199,7 @@ def make_rotation(
     return Rotation((turns * scales).to(device, dtype), (turns / scales).to(device, dtype), exponent)
 
 # %% ../nbs/12_longnet.ipynb #e5af6057
-class FeedForward(nn.Module):
+class FeedForward(ConfiguredModule):
     "`fc2(LayerNorm(gelu(fc1(x))))`: each position on its own (MAGNETO, Wang et al. 2022, arXiv:2210.06423, figure 2)."
 
     def __init__(self, config: LongNetConfig) -> None:
@@ -216,13 +217,13 @@ class FeedForward(nn.Module):
         return out
 
 
-class LongNetLayer(nn.Module):
+class LongNetLayer(ConfiguredModule):
     "`x + attention(LayerNorm(x))`, then `x + ffn(LayerNorm(x))` (pre-norm, with LayerNorms inside as well)."
 
     def __init__(self, config: LongNetConfig, depth: int) -> None:
         super().__init__()
+        self.drop_path = config.drop_path * depth / max(1, config.num_layers - 1)  # before config: of this layer
         self.config = config
-        self.drop_path = config.drop_path * depth / max(1, config.num_layers - 1)
         self.self_attn = MultiheadDilatedAttention(config.multihead_config, config.attention_config, config.attention)
         self.self_attn_layer_norm = nn.LayerNorm(config.embed_dim, config.layer_norm_eps)
         self.ffn = FeedForward(config)
@@ -272,7 +273,7 @@ def _check_cache(cache: Any, config: LongNetConfig, x: Tensor) -> None:
         )
 
 
-class LayerStack(nn.Module):
+class LayerStack(ConfiguredModule):
     "Layers one after another, then a LayerNorm; over embeddings. Raises `TypeError` for another config."
 
     def __init__(self, config: LongNetConfig) -> None:
@@ -462,7 +463,7 @@ def _embedding(vocab_size: int, embed_dim: int) -> nn.Embedding:
     return table
 
 # %% ../nbs/12_longnet.ipynb #911ead85
-class LongNet(nn.Module):
+class LongNet(ConfiguredModule):
     """A causal language model with dilated attention: LongNet, Ding et al. 2023, arXiv:2307.02486.
 
     Raises `ValueError` for a config without `vocab_size`.

@@ -490,7 +490,8 @@ def test_a_logsumexp_of_exactly_zero_is_no_missing_row(path, is_causal):
     v = make_qkv(1, 4, 1, 8)[2]
     options = dict(segment_lengths=(1, 4), dilation_rates=(1, 2), mixing="softmax", is_causal=is_causal)
     check_against_oracle(lambda *x: PATHS[path](*x, **options), q, k, v, **options)
-    assert torch.equal(PATHS[path](q, k, v, segment_lengths=(1,), dilation_rates=(1,), is_causal=is_causal), v)
+    alone = PATHS[path](q, k, v, segment_lengths=(1,), dilation_rates=(1,), is_causal=is_causal)
+    torch.testing.assert_close(alone, v)
 
 
 @paths

@@ -195,8 +195,9 @@ def test_slides_of_a_batch_are_independent_and_gradients_flow():
     model, (x, coords) = slide(), tiles(batch=2)
     both = model(x, coords)
     assert torch.allclose(both[1], model(x[1:], coords[1:])[0], atol=1e-6)
-    model(x, coords, all_layer_embed=True)[-1].sum().backward()
-    assert model.patch_embed["proj"].weight.grad.abs().sum() > 0 and model.cls_token.grad.abs().sum() > 0
+    model(x, coords, all_layer_embed=True)[-1].square()[:, 0].sum().backward()  # the sum after a LayerNorm is constant
+    for parameter in (model.patch_embed["proj"].weight, model.cls_token):
+        assert parameter.grad.abs().max() > 1e-3  # far above what rounding makes of a gradient of 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -231,7 +232,8 @@ def test_rollout_is_the_product_of_the_matrices(pooled):
 def test_strided_tiles_and_integer_coordinates():
     model, (x, coords) = slide(), tiles()
     turned = [y.transpose(1, 2).contiguous().transpose(1, 2) for y in (x, coords)]
-    assert torch.equal(model(*turned), model(x, coords)) and torch.equal(model(x, coords.int()), model(x, coords))
+    assert torch.allclose(model(*turned), model(x, coords), atol=1e-5)  # another product of matrices
+    assert torch.equal(model(x, coords.int()), model(x, coords))
     assert torch.equal(model(x, coords.double()), model(x, coords)) and model(x[:, :1], coords[:, :1]).shape == (1, 32)
     half = slide().half()(x.half(), coords)
     assert half.dtype == torch.float16 and (half.float() - model(x, coords)).abs().max() < 0.05
