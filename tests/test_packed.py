@@ -175,7 +175,7 @@ BAD = [
         ValueError,
         ["cu_seqlens_q", "more queries than keys"],
     ),
-    (dict(cu_seqlens=torch.tensor([0, 8, 32]), cu_seqlens_q=torch.tensor([0, 32])), ValueError, ["cu_seqlens_q", "2", "3"]),
+    (dict(cu_seqlens=torch.tensor([0, 8, 32]), cu_seqlens_q=torch.tensor([0, 32])), ValueError, ["_q", "2", "3"]),
 ]  # fmt: skip
 
 
