@@ -302,6 +302,7 @@ if TYPE_CHECKING:
     from dilated_attention_nb import interop as interop
     from dilated_attention_nb.interop import (
         DilatedMHA as DilatedMHA,
+        check_dilated as check_dilated,
         register_with_transformers as register_with_transformers,
         replace_attention as replace_attention,
     )
@@ -670,6 +671,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     ),
     "interop": (
         "DilatedMHA",
+        "check_dilated",
         "register_with_transformers",
         "replace_attention",
     ),
@@ -893,6 +895,7 @@ __all__ = [
     "check_choice",
     "check_config",
     "check_device",
+    "check_dilated",
     "check_drawing",
     "check_dropout",
     "check_dtype",
