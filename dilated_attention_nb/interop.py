@@ -282,7 +282,7 @@ def _mask_for_model(
     packed = local_size is None and not use_vmap and _is_packed(mask_function, causal)
     if not packed and mask_function is not causal and mask_function is not bidirectional or kv_offset:
         got = _name_of(mask_function)
-        advice = f"{name!r} can't be combined with sliding windows, chunks or other masks: take them out of the config"
+        advice = f"{name!r} takes the place of full attention: set sliding_window=None, or what else asks for this mask"
         raise _Refused(complaint("the model's mask", "be causal or bidirectional", got, advice))
     begins = None
     if packed:
@@ -440,7 +440,9 @@ def _on_choice(model: Any, name: str, making: bool) -> None:
     now = None if config is None else config.to_dict()
     if now is not None and not _may_dispatch(type(model)):
         got = f"{type(model).__name__}, which computes attention itself"
-        advice = "no attn_implementation has an effect on it: take 'eager', or a model that dispatches"
+        advice = (
+            "no other has an effect on it: take 'eager' (of a part: attn_implementation={'vision_config': 'eager'})"
+        )
         raise _Refused(complaint("the model", "take its attention from transformers' table", got, advice))
     if making and saved is not None and now != saved:
         this = f"attends with {name!r}" + ("" if now is None else f", {_branches(now)}")
@@ -463,22 +465,21 @@ def _branches(values: Any) -> str:
 
 
 def _may_dispatch(cls: type) -> bool:
-    "Whether a class of transformers, or a class that its module knows, looks into the table of attentions."
+    "Whether a class of transformers, or one that its module knows, looks into the table of attentions, or has none."
     from transformers import AttentionInterface, PreTrainedModel
 
-    def knows(module: Any) -> bool:
-        return any(x is AttentionInterface or isinstance(x, AttentionInterface) for x in vars(module).values())
-
-    if not cls.__module__.startswith("transformers.models.") or getattr(cls.config_class, "sub_configs", None):
+    if not cls.__module__.startswith("transformers.models."):
         return True  # only a forward pass can tell
-    modules = {base.__module__ for base in cls.__mro__ if issubclass(base, PreTrainedModel)}
-    parts = {
-        x.__module__
-        for module in modules
-        for x in vars(sys.modules[module]).values()
-        if isinstance(x, type) and issubclass(x, nn.Module)
-    }
-    return any(knows(sys.modules[m]) for m in (modules | parts) if m != PreTrainedModel.__module__)
+    here = {base.__module__ for base in cls.__mro__ if issubclass(base, PreTrainedModel)} - {PreTrainedModel.__module__}
+    names = [(name, x) for module in here for name, x in vars(sys.modules[module]).items()]
+    if any(name.endswith("ATTENTION_CLASSES") for name, _ in names):
+        return False  # a table of its own
+    parts = {x.__module__ for _, x in names if isinstance(x, type) and x.__module__.startswith("transformers.models.")}
+    everything = [x for part in here | parts for x in vars(sys.modules[part]).values()]
+    if any(x is AttentionInterface or isinstance(x, AttentionInterface) for x in everything):
+        return True
+    attends = any(isinstance(x, type) and issubclass(x, nn.Module) and "Attention" in x.__name__ for x in everything)
+    return not attends or any(part.startswith("transformers.models.auto.modeling") for part in parts)
 
 # %% ../nbs/14_interop.ipynb #d41f6a04
 def _transformers() -> Any:
@@ -546,11 +547,12 @@ def _run_tiny(twin: nn.Module, inputs: dict[str, Any]) -> None:
             raise
         except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as e:
             if last:
-                rule = "be there for a forward pass of " + type(twin).__name__
+                rule = f"let {type(twin).__name__} run"
                 got = f"{', '.join(attempt) or 'none that can be made'} ({type(e).__name__}: {str(e)[:200]})"
-                raise ValueError(
-                    complaint("inputs", rule, got, "pass some, as check_dilated(model, input_ids=...)")
-                ) from e
+                advice = (
+                    "pass its own, as check_dilated(model, input_ids=...); one that computes with its mask can't run"
+                )
+                raise ValueError(complaint("inputs", rule, got, advice)) from e
 
 
 def _tiny_inputs(twin: nn.Module) -> dict[str, Tensor]:
