@@ -35,7 +35,7 @@ from dilated_attention_nb.config import (
     check_heads,
     check_home,
     complaint,
-    nearest,
+    hint,
 )
 from .dilated import DilatedAttention
 from .improved import ImprovedDilatedAttention
@@ -83,7 +83,7 @@ def _owner(name: str, *configs: type[Config]) -> type[Config]:
     owners = {f.name: config for config in configs for f in fields(config)}
     if name not in owners:
         which = " or ".join(config.__name__ for config in configs)
-        raise ValueError(f"{which} has no field {name!r}; did you mean {nearest(name, tuple(owners))!r}?")
+        raise ValueError(f"{which} has no field {name!r}; {hint(name, tuple(owners))}")
     return owners[name]
 
 

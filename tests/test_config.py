@@ -612,6 +612,18 @@ def test_checks_compile_whole_and_lengths_stay_symbolic():
         compiled(q[:, :10], q[:, :10], q[:, :10], torch.zeros(2, 10, dtype=torch.bool))
 
 
+@pytest.mark.parametrize("word", ["lr", "depth", "block_size", "pad_to", "zz"])
+def test_hints_are_near(word):
+    known = tuple(f.name for f in dataclasses.fields(DilatedAttentionConfig))
+    for refuse in (
+        lambda: DilatedAttentionConfig.from_dict(BRANCHES | {word: 1}),
+        lambda: check_choice("name", word, known),
+    ):
+        with pytest.raises(ValueError) as error:
+            refuse()
+        assert "did you mean" not in str(error.value) and all(name in str(error.value) for name in known)
+
+
 def configured():
     "One module of each kind that is made of a config."
     branches = dict(segment_lengths=(16, 32), dilation_rates=(1, 2))
