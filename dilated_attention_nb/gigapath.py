@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from dilated_attention_nb.config import (
     FLOAT_DTYPES,
@@ -28,8 +27,10 @@ from dilated_attention_nb.config import (
     check_padding,
     check_positive,
     complaint,
+    readable,
     shown,
 )
+from .improved import Packing
 from .longnet import LongNetConfig, LongNetEncoder, evaluating
 
 # %% ../nbs/13b_gigapath.ipynb #a5a615c1
@@ -74,7 +75,7 @@ def tile_cells(
         coords = coords.masked_fill(key_padding_mask[..., None], 0)
     cells = torch.div(coords, tile_size, rounding_mode="floor").long()
     check_flag("check_layout", check_layout)
-    if not _readable(coords):
+    if not readable(coords):
         return cells
     low, high = (float(end) for end in coords.aminmax()) if coords.numel() else (0.0, 0.0)
     if not (low >= 0 and high < side):
@@ -84,13 +85,6 @@ def tile_cells(
         real = slice(None) if key_padding_mask is None else ~key_padding_mask[i]
         _check_layout(cells[i, real], coords[i, real], tile_size)
     return cells
-
-
-def _readable(x: Tensor) -> bool:
-    "Whether numbers can be looked at: not in a compiled, exported or fake call, nor within `torch.func`."
-    if torch.compiler.is_compiling():
-        return False
-    return not isinstance(x, FakeTensor) and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def _check_layout(cells: Int[Tensor, "n 2"], pixels: Float[Tensor, "n 2"], tile_size: int) -> None:
@@ -221,7 +215,7 @@ def _check_slide(model: "GigaPathSlideEncoder", x: Any, coords: Any, key_padding
     if key_padding_mask is None:
         return
     check_padding(key_padding_mask, x)
-    if _readable(key_padding_mask) and key_padding_mask.all(1).any():
+    if readable(key_padding_mask) and key_padding_mask.all(1).any():
         rule, slide = "leave each slide a tile", int(key_padding_mask.all(1).nonzero()[0])
         raise ValueError(complaint("key_padding_mask", rule, f"none of slide {slide}", "True is padding; drop it"))
 
@@ -332,16 +326,23 @@ def attention_rollout(
     the model does.
     """
     with torch.inference_mode(False), torch.no_grad(), evaluating(model):
-        states = list(model.encoder.states(model.embed(x, coords)))
+        stream, mask = model.embed(x, coords, tile_size, key_padding_mask), _after_the_class_token(key_padding_mask)
+        states = list(model.encoder.states(stream, mask))
         share = torch.zeros_like(states[0][..., 0])
         share[:, 1:] = float(model.config.global_pool)
         share[:, 0] = 1 - float(model.config.global_pool)
+        packing = None if mask is None else Packing.of(mask)
+        if packing is not None:
+            states, share = [packing.unpad(state) for state in states], packing.unpad(share)
         for layer, state in zip(reversed(model.encoder.layers), reversed(states[:-1])):
-            share = (share + _attended(layer, state, share)) / 2
+            share = (share + _attended(layer, state, share, packing)) / 2
+        share = share if packing is None else packing.pad(share)
     return share[:, 1:] / share[:, 1:].sum(1, keepdim=True)
 
 
-def _attended(layer: Any, x: Float[Tensor, "b m e"], share: Float[Tensor, "b m"]) -> Float[Tensor, "b m"]:
+def _attended(
+    layer: Any, x: Float[Tensor, "b m e"], share: Float[Tensor, "b m"], packing: Packing | None
+) -> Float[Tensor, "b m"]:
     "`share` times the layer's weights, the mean over its heads: a gradient with respect to the values."
     normed, attention = layer.self_attn_layer_norm(x), layer.self_attn
     q, k = (
@@ -349,6 +350,6 @@ def _attended(layer: Any, x: Float[Tensor, "b m e"], share: Float[Tensor, "b m"]
     )
     v = torch.zeros_like(k, requires_grad=True)
     with torch.enable_grad():
-        out = attention.attention(q, k, v)
-    (found,) = torch.autograd.grad(out, v, share[:, :, None, None].expand_as(out).contiguous())
-    return found.mean((2, 3))
+        out = attention.attention(q, k, v, cu_seqlens=None if packing is None else packing.cu_seqlens)
+    (shares,) = torch.autograd.grad(out, v, share[:, :, None, None].expand_as(out).contiguous())
+    return shares.mean((2, 3))

@@ -435,8 +435,7 @@ def test_depths_of_parameters_can_be_told_from_names():
     assert numbers == {"0", "1", "2"}
 
 
-@pytest.mark.parametrize("check_layout", [True, False])
-@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize(("check_layout", "dynamic"), [(True, True), (False, False)])
 def test_the_slide_encoder_is_exported_and_compiled(check_layout, dynamic):
     model, (x, coords) = slide(check_layout=check_layout), tiles(20, side=5)
     count = torch.export.Dim("count", min=2, max=4096)
