@@ -169,6 +169,7 @@ if TYPE_CHECKING:
     from dilated_attention_nb import improved as improved
     from dilated_attention_nb.improved import (
         ImprovedDilatedAttention as ImprovedDilatedAttention,
+        Packing as Packing,
         dilated_attention as dilated_attention,
     )
     from dilated_attention_nb import block_patterns as block_patterns
@@ -289,6 +290,7 @@ if TYPE_CHECKING:
         GigaPathSlideEncoder as GigaPathSlideEncoder,
         attention_rollout as attention_rollout,
         position_codes as position_codes,
+        slide_segment_lengths as slide_segment_lengths,
         tile_cells as tile_cells,
     )
     from dilated_attention_nb import pretrained as pretrained
@@ -547,6 +549,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     ),
     "improved": (
         "ImprovedDilatedAttention",
+        "Packing",
         "dilated_attention",
     ),
     "block_patterns": (
@@ -658,6 +661,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "GigaPathSlideEncoder",
         "attention_rollout",
         "position_codes",
+        "slide_segment_lengths",
         "tile_cells",
     ),
     "pretrained": (
@@ -831,6 +835,7 @@ __all__ = [
     "PAPER",
     "PIPELINE_SCHEDULES",
     "POSITIONS",
+    "Packing",
     "PatternCache",
     "PeakMemory",
     "Piece",
@@ -1030,6 +1035,7 @@ __all__ = [
     "shown",
     "simulate_ring",
     "single_losses",
+    "slide_segment_lengths",
     "smoothed",
     "spawn_gloo",
     "stage_layers",

@@ -282,6 +282,11 @@ class LayerStack(ConfiguredModule):
         self.layers = nn.ModuleList(LongNetLayer(config, depth) for depth in range(config.num_layers))
         self.layer_norm = nn.LayerNorm(config.embed_dim, config.layer_norm_eps)
 
+    @property
+    def num_layers(self) -> int:
+        "As torchscale's encoder has it, where rates of learning that decay with depth look."
+        return len(self.layers)
+
     def _rotation(self, x: Tensor, is_causal: bool, cache: Any) -> Rotation | None:
         "Of the positions of `x`, for all layers. Raises `RuntimeError` for a cache that an interruption left half way."
         positions = torch.arange(x.shape[1], device=x.device) if cache is None else cache.positions(x.shape[1])

@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dilated_attention_nb
 from dilated_attention_nb.config import DilatedAttentionConfig
-from dilated_attention_nb.gigapath import attention_rollout
+from dilated_attention_nb.gigapath import attention_rollout, slide_segment_lengths
 from dilated_attention_nb.interop import (
     DilatedMHA,
     GigaPathConfig,
@@ -344,6 +345,113 @@ def test_bad_arguments_are_named(change):
     name = next(iter(change))
     with pytest.raises((ValueError, TypeError), match="embed_dim" if name in ("num_heads", "embed_dim") else name):
         GigaPathSlideEncoder(**SMALL | change)
+
+
+# ---------------------------------------------------------------- as its clients use it
+
+
+@pytest.mark.parametrize("max_wsi_size", [256, 4096, 65_536, 100_000, 262_144, 524_288])
+@pytest.mark.parametrize("tile_size", [224, 256, 512, 1024])
+def test_segments_follow_from_the_sizes(max_wsi_size, tile_size):
+    "Five powers of 2, rounded down, their exponents evenly from 10 to int(log2(tiles))."
+    tiles = (max_wsi_size // tile_size) ** 2
+    if not tiles:
+        with pytest.raises(ValueError, match=f"max_wsi_size must be at least tile_size {tile_size}"):
+            slide_segment_lengths(max_wsi_size, tile_size)
+        return
+    exponents = np.linspace(10, int(np.log2(tiles)), 5)
+    expected = tuple(int(2**e) for e in exponents)
+    assert slide_segment_lengths(max_wsi_size, tile_size) == expected
+    config = GigaPathConfig(max_wsi_size=max_wsi_size, tile_size=tile_size)
+    assert config.segment_lengths == config.encoder.segment_lengths == expected
+    assert replace(GigaPathConfig(), max_wsi_size=max_wsi_size, tile_size=tile_size) == config
+    assert GigaPathConfig.from_json(config.to_json()) == config
+
+
+def test_segments_that_are_given_stay():
+    config = GigaPathConfig(segment_lengths=[8, 21], dilation_rates=(1, 2), tile_size=512)
+    assert replace(config, tile_size=256).segment_lengths == (8, 21)
+    with pytest.raises(ValueError, match="max_wsi_size must be left out beside other lengths"):
+        replace(config, max_wsi_size=131_072)
+    with pytest.raises(ValueError, match="segment_lengths"):
+        GigaPathConfig(dilation_rates=(1, 2))  # five lengths follow
+
+
+@pytest.mark.parametrize("size", [128, 200, 512])
+def test_each_call_can_have_its_own_tile_size(size):
+    x, coords = tiles(50)
+    coords = coords * size / 256
+    ours, other = slide(global_pool=True), slide(global_pool=True, tile_size=size)
+    assert torch.equal(ours(x, coords, tile_size=size), other(x, coords))
+    assert torch.equal(other(x, coords, tile_size=size), other(x, coords))
+    assert torch.equal(attention_rollout(ours, x, coords, tile_size=size), attention_rollout(other, x, coords))
+    with pytest.raises((ValueError, TypeError), match="tile_size"):
+        ours(x, coords, tile_size=size + 0.5)
+    with pytest.raises(AttributeError, match="pass tile_size= where you call the model"):
+        ours.tile_size = size
+
+
+def test_coordinates_of_one_slide_serve_a_batch():
+    model, (x, coords) = slide(), tiles(batch=3)
+    assert torch.equal(model(x, coords[0]), model(x, coords))
+    assert torch.equal(model(x, coords[0].int(), all_layer_embed=True)[1], model(x, coords, all_layer_embed=True)[1])
+    for wrong in (coords[0, :-1], coords[:2], coords[:1]):
+        with pytest.raises(ValueError, match="a row for each of"):
+            model(x, wrong)
+
+
+@pytest.mark.parametrize("place", [(0.0, 0.0), (512.0, 768.0)])
+@pytest.mark.parametrize("count", [2, 20])
+def test_slides_filled_up_with_one_place_are_refused(place, count):
+    filler = torch.tensor(place).expand(1, count, 2)
+    for coords in (torch.cat((GRID, filler), 1), torch.cat((filler, GRID), 1)):
+        with pytest.raises(ValueError, match=r"of them at \(.*mark padding in key_padding_mask"):
+            tile_cells(coords)
+        assert tile_cells(coords, check_layout=False).shape == coords.shape
+    shuffled = torch.cat((GRID, torch.zeros(1, 2, 2)), 1)[:, torch.randperm(302, generator=torch.Generator())]
+    with pytest.raises(ValueError, match=r"3 of them at \(0, 0\)"):
+        tile_cells(shuffled)
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    x, coords = tiles(40)
+
+    def gradients(**values):
+        model = slide(**values).train()
+        torch.manual_seed(1)  # of dropout
+        model(x, coords).square().sum().backward()
+        return [p.grad for p in model.parameters()]
+
+    plain, again = gradients(), gradients(activation_checkpointing=True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    assert slide(activation_checkpointing=True).encoder.config.activation_checkpointing
+
+
+def test_depths_of_parameters_can_be_told_from_names():
+    "Rates of learning that decay with depth read `encoder.num_layers` and `encoder.layers.N` of each name."
+    model = slide(depth=3)
+    assert model.encoder.num_layers == 3
+    numbers = {name.split(".")[2] for name, _ in model.named_parameters() if name.startswith("encoder.layers.")}
+    assert numbers == {"0", "1", "2"}
+
+
+@pytest.mark.parametrize(("check_layout", "dynamic"), [(True, True), (False, False)])
+def test_the_slide_encoder_is_exported_and_compiled(check_layout, dynamic):
+    model, (x, coords) = slide(check_layout=check_layout), tiles(20, side=5)
+    count = torch.export.Dim("count", min=2, max=4096)
+    shapes = {"x": {1: count}, "coords": {1: count}} if dynamic else None
+    program = torch.export.export(model, (x, coords), dynamic_shapes=shapes).module()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=dynamic)
+    for n in (20, 13) if dynamic else (20,):
+        for traced in (program, compiled):
+            torch.testing.assert_close(traced(x[:, :n], coords[:, :n]), model(x[:, :n], coords[:, :n]))
+
+
+def test_fake_slides_have_shapes():
+    with FakeTensorMode():
+        model, (x, coords) = slide(), tiles()
+        assert model(x, coords).shape == (1, 32) and len(model(x, coords, all_layer_embed=True)) == 3
 
 
 def run_slide(n, depth):
