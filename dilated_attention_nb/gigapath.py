@@ -6,7 +6,7 @@
 __all__ = ['position_codes', 'tile_cells', 'slide_segment_lengths', 'GigaPathConfig', 'GigaPathSlideEncoder', 'attention_rollout']
 
 # %% ../nbs/13b_gigapath.ipynb #9b444400
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -160,8 +160,8 @@ class GigaPathConfig(Config):
     drop_path_rate: float = 0.1  # in training
     ragged: str = "zeros"  # as the weights were trained; or "mask"
     check_layout: bool = True  # refuse repeated coordinates, and what looks like a wrong scale
-    max_wsi_size: int = _LARGEST_SLIDE  # pixels along a side of the largest slide
-    activation_checkpointing: bool = False  # recompute layers in the backward pass
+    max_wsi_size: int = field(default=_LARGEST_SLIDE, metadata={"since": "0.2"})  # pixels along a side
+    activation_checkpointing: bool = field(default=False, metadata={"since": "0.2"})  # recompute in the backward pass
 
     def __post_init__(self) -> None:
         self._check(check_int, "in_chans", "embed_dim", "depth", "num_heads", "ffn_dim", "slide_ngrids", "tile_size")

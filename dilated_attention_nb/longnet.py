@@ -11,7 +11,7 @@ __all__ = ['POSITIONS', 'LARGEST_EXPONENT', 'LongNetConfig', 'longnet_125m', 'lo
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -72,6 +72,7 @@ class LongNetConfig(Config):
     activation_checkpointing: bool = False  # recompute layers in the backward pass instead of keeping their activations
     attention: str = "auto"  # kind of attention: "auto", "improved" or "standard"
     max_head_dim: int = 128  # widest head
+    normalize_output: bool = field(default=True, metadata={"since": "0.2"})  # a LayerNorm after the last layer
 
     def __post_init__(self) -> None:
         def check(by: Callable[[str, Any], Any], *names: str) -> None:
@@ -82,7 +83,7 @@ class LongNetConfig(Config):
         check(check_int, "num_layers", "vocab_size", "ffn_dim")
         check(check_dropout, "dropout", "attention_dropout", "activation_dropout", "drop_path")
         check(check_positive, "rope_base", "xpos_scale_base", "gamma_init")
-        check(check_flag, "tie_embeddings", "activation_checkpointing")
+        check(check_flag, "tie_embeddings", "activation_checkpointing", "normalize_output")
         check_choice("position", self.position, POSITIONS)
         check_choice("attention", self.attention, tuple(kind for kind in KINDS if kind not in CONFIGS))
         shared = ("embed_dim", "num_heads", "num_kv_heads", "layer_norm_eps", "segment_lengths", "dilation_rates")
@@ -280,7 +281,8 @@ class LayerStack(ConfiguredModule):
         super().__init__()
         self.config = check_config("config", config, LongNetConfig)
         self.layers = nn.ModuleList(LongNetLayer(config, depth) for depth in range(config.num_layers))
-        self.layer_norm = nn.LayerNorm(config.embed_dim, config.layer_norm_eps)
+        last = nn.LayerNorm(config.embed_dim, config.layer_norm_eps) if config.normalize_output else nn.Identity()
+        self.layer_norm = last
 
     @property
     def num_layers(self) -> int:
@@ -310,7 +312,8 @@ class LayerStack(ConfiguredModule):
         if x.dim() != 3 or x.shape[2] != self.config.embed_dim or x.shape[0] == 0 or x.shape[1] == 0:
             rule = f"have shape [batch, seq, embed_dim], none of them 0, with embed_dim {self.config.embed_dim}"
             raise ValueError(complaint("x", rule, tuple(x.shape), "the batch comes first"))
-        check_home("x", x, self.layer_norm.weight)
+        if isinstance(self.layer_norm, nn.LayerNorm):
+            check_home("x", x, self.layer_norm.weight)
         _check_cache(cache, self.config, x)
         position = self._rotation(x, is_causal, cache)
         x = F.dropout(x, self.config.dropout, self.training)

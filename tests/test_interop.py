@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -147,6 +148,97 @@ def test_from_torchscale_refuses(change, message):
     given = dict(state_dict=STATE, num_heads=META["heads"], prefix="encoder.", **BRANCHES) | change
     with pytest.raises((ValueError, TypeError), match=message):
         LongNetEncoder.from_torchscale(**given)
+
+
+BARE = {name.removeprefix("encoder."): x for name, x in STATE.items() if name.startswith("encoder.")}
+
+
+def test_encoders_without_a_last_norm(tmp_path):
+    "LongViT's, `normalize_output=False`: the last state as it is; saved and loaded again."
+    longvit = {name: x for name, x in BARE.items() if not name.startswith("layer_norm.")}
+    whole, bare = (LongNetEncoder.from_torchscale(state, META["heads"], **BRANCHES) for state in (BARE, longvit))
+    x = torch.randn(1, 51, 128)
+    *_, last = whole.states(x)
+    assert torch.equal(bare(x), last) and torch.equal(whole.layer_norm(bare(x)), whole(x))
+    assert not bare.config.normalize_output and set(bare.state_dict()) == set(longvit)
+    bare.save_pretrained(tmp_path)
+    again = LongNetEncoder.from_pretrained(tmp_path)
+    assert again.config == bare.config and torch.equal(again(x), bare(x))
+    model = LongNet(longnet_tiny(normalize_output=False))
+    model(torch.randint(256, (1, 40)), torch.randint(256, (1, 40))).backward()
+    assert not any("layer_norm" in name.split(".")[1] for name in model.state_dict())
+
+
+@pytest.mark.parametrize("prefix", ["", "encoder.", "module.slide_encoder.encoder."])
+def test_prefixes_of_encoders_are_found(prefix):
+    state = {prefix + name: x for name, x in BARE.items()} | {"head.weight": X} if prefix else BARE
+    x = torch.randn(1, 51, 128)
+    expected = LongNetEncoder.from_torchscale(BARE, META["heads"], **BRANCHES, prefix="")(x)
+    for given in (None, prefix):
+        assert torch.equal(LongNetEncoder.from_torchscale(state, META["heads"], **BRANCHES, prefix=given)(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("embed_tokens.weight", "pass embeddings"), ("embed_positions.weight", "add the positions"),
+        ("layernorm_embedding.weight", "apply it to the embeddings"), ("output_projection.weight", "what the encoder"),
+        ("relative_position.relative_attention_bias.weight", "biases"), ("layers.0.self_attn.xpos.scale", "xPos"),
+        ("layers.1.moe_layer.experts.0.fc1.weight", "experts"), ("layers.0.ffn.gate.weight", "gated"),
+        ("layers.0.self_attn.q_proj.A.weight", "multiway"),
+    ],
+)  # fmt: skip
+def test_other_encoders_of_torchscale_are_refused_with_a_reason(name, advice):
+    for values in ({}, dict(vocab_size=2)):  # also where a name of ours would fit
+        with pytest.raises(ValueError, match=f"{name} is unknown; .*{advice}"):
+            LongNetEncoder.from_torchscale(BARE | {name: torch.zeros(2, 128)}, META["heads"], **BRANCHES, **values)
+
+
+@pytest.mark.parametrize("part", ["inner_attn_ln", "ffn_layernorm"])
+def test_encoders_without_norms_inside_are_refused(part):
+    state = {name: x for name, x in BARE.items() if part not in name}
+    with pytest.raises(ValueError, match=f"{part}.weight is missing; encoders without sub-LayerNorms"):
+        LongNetEncoder.from_torchscale(state, META["heads"], **BRANCHES)
+
+
+@pytest.mark.parametrize("prefix", ["slide_encoder.", "module.slide_encoder.", "net."])
+def test_a_slide_encoder_that_was_part_of_another_model(tmp_path, prefix):
+    state = {prefix + name: x for name, x in STATE.items()} | {prefix + "pos_embed": X}
+    torch.save(state | {"head.weight": X}, tmp_path / "a.pth")
+    for given in (None, prefix):
+        model = GigaPathSlideEncoder.from_pretrained(tmp_path / "a.pth", given, **SLIDE | {"global_pool": True})
+        assert all(torch.equal(x, STATE[name]) for name, x in model.state_dict().items())
+    with pytest.raises(ValueError, match="missing"):
+        GigaPathSlideEncoder.from_pretrained(tmp_path / "a.pth", "encoder.", **SLIDE)
+    with pytest.raises(TypeError, match="prefix must be a string"):
+        GigaPathSlideEncoder.from_pretrained(tmp_path / "a.pth", 3, **SLIDE)
+
+
+def test_the_class_token_of_a_file_is_warned_about(tmp_path):
+    torch.save(STATE, tmp_path / "a.pth")
+    with pytest.warns(UserWarning, match="class token.*never trained.*global_pool=True") as caught:
+        model = GigaPathSlideEncoder.from_pretrained(tmp_path / "a.pth", **SLIDE)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GigaPathSlideEncoder.from_pretrained(tmp_path / "a.pth", **SLIDE | {"global_pool": True})
+        model.train()(X, COORDS)
+        model.save_pretrained(tmp_path / "own")  # by somebody who has chosen the token
+        GigaPathSlideEncoder.from_pretrained(tmp_path / "own")
+
+
+def test_folders_of_0_1_are_read_and_written(tmp_path):
+    "Fields that came later are written only where 0.1 had no such model."
+    for model, later in (
+        (encoder(LongNet), {"normalize_output"}),
+        (slide(), {"max_wsi_size", "activation_checkpointing"}),
+    ):
+        model.save_pretrained(tmp_path)
+        about = json.loads((tmp_path / "config.json").read_text())
+        assert later == model.config.to_dict().keys() - about["config"].keys()
+        assert from_pretrained(tmp_path).config == model.config
+    slide(activation_checkpointing=True).save_pretrained(tmp_path)
+    assert from_pretrained(tmp_path).config.activation_checkpointing
 
 
 # ---------------------------------------------------------------- the slide encoder
@@ -595,7 +687,8 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
         (STATE | {"norm.bias": STATE["norm.bias"].long()}, "norm.bias is torch.int64"),
         (STATE | {"patch_embed.proj.weight": STATE["patch_embed.proj.weight"].to_sparse()}, "torch.sparse_coo"),
         ({"state_dict": STATE}, "no state dict"),
-        ({"module." + k: v for k, v in STATE.items()}, "cls_token is missing"),
+        ({"module." + k: v for k, v in STATE.items() if k != "cls_token"}, "cls_token is missing"),
+        ({k: v for k, v in STATE.items()} | {"b." + k: v for k, v in STATE.items()}, "prefix must.*got '', 'b.'"),
     ):  # fmt: skip
         torch.save(content, path)
         with pytest.raises(ValueError, match=message):
