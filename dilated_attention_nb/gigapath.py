@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dilated_attention_nb.config import (
     FLOAT_DTYPES,
+    WIDEST,
     Config,
     check_dropout,
     check_flag,
@@ -24,7 +25,7 @@ from dilated_attention_nb.config import (
     check_positive,
     complaint,
 )
-from .longnet import LongNetConfig, LongNetEncoder, evaluating
+from .longnet import DEEPEST, LongNetConfig, LongNetEncoder, evaluating
 
 # %% ../nbs/13b_gigapath.ipynb #a5a615c1
 def position_codes(
@@ -118,7 +119,9 @@ class GigaPathConfig(Config):
     check_layout: bool = True  # refuse coordinates that look like a wrong scale
 
     def __post_init__(self) -> None:
-        self._check(check_int, "in_chans", "embed_dim", "depth", "num_heads", "ffn_dim", "slide_ngrids", "tile_size")
+        self._check(check_int, "depth", high=DEEPEST)
+        self._check(check_int, "num_heads", "ffn_dim", "slide_ngrids", "tile_size")
+        self._check(check_int, "in_chans", "embed_dim", high=WIDEST)
         self._check(check_flag, "global_pool", "check_layout")
         self._check(check_positive, "norm_eps")
         self._check(check_dropout, "dropout", "drop_path_rate")
