@@ -3,7 +3,8 @@
 #   make demo        train a small LongNet on real text (options: make demo ARGS="--minutes 1 --text ~/books")
 #   make demo-distributed   the same with each sequence cut over two processes (ARGS="--steps 40": another length)
 #   make test        lint, types, notebooks and tests; CI also runs test-site and test-slow
-#   make test-slow   the tests that take minutes, too
+#   make test-slow   the tests that take minutes, and what test-portable runs
+#   make test-portable   notebooks and tests with other processors' kernels (plain, AVX2) and 1 and 3 threads
 #   make lab         JupyterLab at index.ipynb
 #   make export      write the modules, the package root and README.md from the notebooks
 #   make notebooks   execute all notebooks and store their outputs
@@ -29,7 +30,7 @@ READY := $(VENV)/.installed
 BENCHMARKS ?= $(wildcard benchmarks/*.py)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo demo-distributed test test-slow lab export notebooks docs test-site bench bench-check lock clean
+.PHONY: help demo demo-distributed test test-slow test-portable lab export notebooks docs test-site bench bench-check lock clean
 
 help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
@@ -49,17 +50,13 @@ demo-distributed: $(READY)
 	$(BIN)/torchrun --nproc-per-node 2 -m dilated_attention_nb.training --sequence-parallel 2 $(or $(ARGS),--minutes 2)
 
 test: $(READY)
-	$(BIN)/python scripts/check_imports.py
-	$(BIN)/python scripts/check_export.py
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/python scripts/run_notebooks_tests.py
-	$(BIN)/python scripts/check_wheel.py
-	$(BIN)/python -m pytest -n auto -m "not slow"
+	$(BIN)/python scripts/run_tests.py
+
+test-portable: $(READY)
+	$(BIN)/python scripts/run_tests.py --portable
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python scripts/run_tests.py --slow
 
 lab: $(READY)
 	$(BIN)/jupyter lab index.ipynb

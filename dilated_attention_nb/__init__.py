@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         BACKENDS as BACKENDS,
         BlockSparseRingConfig as BlockSparseRingConfig,
         Config as Config,
+        ConfiguredModule as ConfiguredModule,
         DATA_ENGINES as DATA_ENGINES,
         DISTRIBUTED_BACKENDS as DISTRIBUTED_BACKENDS,
         DilatedAttentionConfig as DilatedAttentionConfig,
@@ -189,6 +190,7 @@ if TYPE_CHECKING:
     from dilated_attention_nb import improved as improved
     from dilated_attention_nb.improved import (
         ImprovedDilatedAttention as ImprovedDilatedAttention,
+        Packing as Packing,
         dilated_attention as dilated_attention,
     )
     from dilated_attention_nb import block_patterns as block_patterns
@@ -310,6 +312,7 @@ if TYPE_CHECKING:
         GigaPathSlideEncoder as GigaPathSlideEncoder,
         attention_rollout as attention_rollout,
         position_codes as position_codes,
+        slide_segment_lengths as slide_segment_lengths,
         tile_cells as tile_cells,
     )
     from dilated_attention_nb import pretrained as pretrained
@@ -426,6 +429,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "BACKENDS",
         "BlockSparseRingConfig",
         "Config",
+        "ConfiguredModule",
         "DATA_ENGINES",
         "DISTRIBUTED_BACKENDS",
         "DilatedAttentionConfig",
@@ -587,6 +591,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     ),
     "improved": (
         "ImprovedDilatedAttention",
+        "Packing",
         "dilated_attention",
     ),
     "block_patterns": (
@@ -699,6 +704,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "GigaPathSlideEncoder",
         "attention_rollout",
         "position_codes",
+        "slide_segment_lengths",
         "tile_cells",
     ),
     "pretrained": (
@@ -823,6 +829,7 @@ __all__ = [
     "Checkpoints",
     "Cluster",
     "Config",
+    "ConfiguredModule",
     "Corpus",
     "DATA_ENGINES",
     "DEEPEST",
@@ -875,6 +882,7 @@ __all__ = [
     "PAPER",
     "PIPELINE_SCHEDULES",
     "POSITIONS",
+    "Packing",
     "PatternCache",
     "PeakMemory",
     "Piece",
@@ -1085,6 +1093,7 @@ __all__ = [
     "shown",
     "simulate_ring",
     "single_losses",
+    "slide_segment_lengths",
     "smoothed",
     "spawn_gloo",
     "stage_layers",

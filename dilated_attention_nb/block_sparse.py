@@ -22,6 +22,7 @@ from dilated_attention_nb.block_attention import (
 from .block_attention import block_sparse_attention as block_sparse_attention
 from .block_patterns import BlockPattern, PatternCache, kept_blocks
 from dilated_attention_nb.config import (
+    ConfiguredModule,
     SparseAttentionConfig,
     check_flag,
     check_floats,
@@ -146,7 +147,7 @@ class _Attach(torch.autograd.Function):
         return grads[0], grads[0].new_ones((), dtype=torch.float32)
 
 # %% ../nbs/08_block_sparse.ipynb #0b2ebd08
-class BlockSparseAttention(nn.Module):
+class BlockSparseAttention(ConfiguredModule):
     """`block_sparse_attention` as a module, with dropout on the output in training.
 
     Raises `ValueError` for options of dilated attention that blocks don't have. Patterns: see `block_pattern`.

@@ -11,7 +11,7 @@ __all__ = ['POSITIONS', 'DEEPEST', 'LARGEST_EXPONENT', 'LongNetConfig', 'longnet
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from dilated_attention_nb.config import (
     LARGEST,
     WIDEST,
     Config,
+    ConfiguredModule,
     DilatedAttentionConfig,
     MultiheadConfig,
     check_choice,
@@ -75,6 +76,7 @@ class LongNetConfig(Config):
     activation_checkpointing: bool = False  # recompute layers in the backward pass instead of keeping their activations
     attention: str = "auto"  # kind of attention: "auto", "improved" or "standard"
     max_head_dim: int = 128  # widest head
+    normalize_output: bool = field(default=True, metadata={"since": "0.2"})  # a LayerNorm after the last layer
 
     def __post_init__(self) -> None:
         def check(by: Callable[[str, Any], Any], *names: str) -> None:
@@ -87,7 +89,7 @@ class LongNetConfig(Config):
         check(partial(check_int, high=4 * WIDEST), "ffn_dim")
         check(check_dropout, "dropout", "attention_dropout", "activation_dropout", "drop_path")
         check(check_positive, "rope_base", "xpos_scale_base", "gamma_init")
-        check(check_flag, "tie_embeddings", "activation_checkpointing")
+        check(check_flag, "tie_embeddings", "activation_checkpointing", "normalize_output")
         check_choice("position", self.position, POSITIONS)
         check_choice("attention", self.attention, tuple(kind for kind in KINDS if kind not in CONFIGS))
         shared = ("embed_dim", "num_heads", "num_kv_heads", "layer_norm_eps", "segment_lengths", "dilation_rates")
@@ -207,7 +209,7 @@ def make_rotation(
     return Rotation((turns * scales).to(device, dtype), (turns / scales).to(device, dtype), exponent)
 
 # %% ../nbs/12_longnet.ipynb #e5af6057
-class FeedForward(nn.Module):
+class FeedForward(ConfiguredModule):
     "`fc2(LayerNorm(gelu(fc1(x))))`: each position on its own (MAGNETO, Wang et al. 2022, arXiv:2210.06423, figure 2)."
 
     def __init__(self, config: LongNetConfig) -> None:
@@ -225,13 +227,13 @@ class FeedForward(nn.Module):
         return out
 
 
-class LongNetLayer(nn.Module):
+class LongNetLayer(ConfiguredModule):
     "`x + attention(LayerNorm(x))`, then `x + ffn(LayerNorm(x))` (pre-norm, with LayerNorms inside as well)."
 
     def __init__(self, config: LongNetConfig, depth: int) -> None:
         super().__init__()
+        self.drop_path = config.drop_path * depth / max(1, config.num_layers - 1)  # before config: of this layer
         self.config = config
-        self.drop_path = config.drop_path * depth / max(1, config.num_layers - 1)
         self.self_attn = MultiheadDilatedAttention(config.multihead_config, config.attention_config, config.attention)
         self.self_attn_layer_norm = nn.LayerNorm(config.embed_dim, config.layer_norm_eps)
         self.ffn = FeedForward(config)
@@ -281,14 +283,20 @@ def _check_cache(cache: Any, config: LongNetConfig, x: Tensor) -> None:
         )
 
 
-class LayerStack(nn.Module):
+class LayerStack(ConfiguredModule):
     "Layers one after another, then a LayerNorm; over embeddings. Raises `TypeError` for another config."
 
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__()
         self.config = check_config("config", config, LongNetConfig)
         self.layers = nn.ModuleList(LongNetLayer(config, depth) for depth in range(config.num_layers))
-        self.layer_norm = nn.LayerNorm(config.embed_dim, config.layer_norm_eps)
+        last = nn.LayerNorm(config.embed_dim, config.layer_norm_eps) if config.normalize_output else nn.Identity()
+        self.layer_norm = last
+
+    @property
+    def num_layers(self) -> int:
+        "As torchscale's encoder has it, where rates of learning that decay with depth look."
+        return len(self.layers)
 
     def _rotation(self, x: Tensor, is_causal: bool, cache: Any) -> Rotation | None:
         "Of the positions of `x`, for all layers. Raises `RuntimeError` for a cache that an interruption left half way."
@@ -313,7 +321,8 @@ class LayerStack(nn.Module):
         if x.dim() != 3 or x.shape[2] != self.config.embed_dim or x.shape[0] == 0 or x.shape[1] == 0:
             rule = f"have shape [batch, seq, embed_dim], none of them 0, with embed_dim {self.config.embed_dim}"
             raise ValueError(complaint("x", rule, tuple(x.shape), "the batch comes first"))
-        check_home("x", x, self.layer_norm.weight)
+        if isinstance(self.layer_norm, nn.LayerNorm):
+            check_home("x", x, self.layer_norm.weight)
         _check_cache(cache, self.config, x)
         position = self._rotation(x, is_causal, cache)
         x = F.dropout(x, self.config.dropout, self.training)
@@ -471,7 +480,7 @@ def _embedding(vocab_size: int, embed_dim: int) -> nn.Embedding:
     return table
 
 # %% ../nbs/12_longnet.ipynb #911ead85
-class LongNet(nn.Module):
+class LongNet(ConfiguredModule):
     """A causal language model with dilated attention: LongNet, Ding et al. 2023, arXiv:2307.02486.
 
     Raises `ValueError` for a config without `vocab_size`.

@@ -24,6 +24,7 @@ from .block_sparse_ring import BlockSparseRingDilatedAttention
 from dilated_attention_nb.config import (
     BlockSparseRingConfig,
     Config,
+    ConfiguredModule,
     DilatedAttentionConfig,
     MultiheadConfig,
     RingAttentionConfig,
@@ -34,7 +35,7 @@ from dilated_attention_nb.config import (
     check_heads,
     check_home,
     complaint,
-    nearest,
+    hint,
 )
 from .dilated import DilatedAttention
 from .improved import ImprovedDilatedAttention
@@ -82,7 +83,7 @@ def _owner(name: str, *configs: type[Config]) -> type[Config]:
     owners = {f.name: config for config in configs for f in fields(config)}
     if name not in owners:
         which = " or ".join(config.__name__ for config in configs)
-        raise ValueError(f"{which} has no field {name!r}; did you mean {nearest(name, tuple(owners))!r}?")
+        raise ValueError(f"{which} has no field {name!r}; {hint(name, tuple(owners))}")
     return owners[name]
 
 
@@ -150,7 +151,7 @@ def attention_weights(
     return torch.cat(found, -1)[..., :nk].transpose(1, 2)
 
 
-class MultiheadDilatedAttention(nn.Module):
+class MultiheadDilatedAttention(ConfiguredModule):
     """Multi-head attention whose heads attend dilatedly, called like `nn.MultiheadAttention` with `batch_first=True`.
 
     LongNet, Ding et al. 2023, arXiv:2307.02486; sub-LayerNorm of MAGNETO, Wang et al. 2022, arXiv:2210.06423. Raises

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import pad, softplus
+from torch.nn.functional import pad
 
 from dilated_attention_nb.config import (
     BACKENDS,
@@ -59,9 +59,8 @@ def merge(
 # %% ../nbs/05_partial.ipynb #e447f819
 def merge_lse_(lse: Tensor, lse_b: Tensor) -> Tensor:
     "Merge `lse_b` into `lse` itself; returns the weight of part b in the merged row, `lse`'s shape and one."
-    difference = (lse_b - lse).nan_to_num_(nan=-inf, posinf=inf, neginf=-inf)
-    weight = torch.sigmoid(difference)
-    lse.copy_(torch.maximum(lse, lse_b).add_(softplus(difference.abs_().neg_())))
+    weight = (lse_b - lse).nan_to_num_(nan=-inf, posinf=inf, neginf=-inf).sigmoid_()
+    torch.logaddexp(lse, lse_b, out=lse)
     return weight[..., None]
 
 
@@ -405,8 +404,9 @@ def _keyless(mask: Tensor, nq: int, is_causal: bool) -> Bool[Tensor, "b n 1"]:
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:
-    "Kernels stride over tokens and heads, never within head_dim."
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    "Kernels stride over tokens and heads, never within head_dim, and want tokens that don't overlap or repeat."
+    whole, apart = 1 in (x.stride(-1), x.shape[-1]), x.shape[1] == 1 or x.stride(1) >= x.shape[-1]
+    return x if whole and apart else x.contiguous()
 
 
 def attend_forward(

@@ -12,10 +12,18 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import dropout
 
-from .config import Config, check_flag, check_int, check_placement, check_qkv, complaint
+from dilated_attention_nb.config import (
+    Config,
+    ConfiguredModule,
+    check_flag,
+    check_int,
+    check_placement,
+    check_qkv,
+    complaint,
+)
 from .memory_pool import UnifiedMemoryPool
 from .partial import cast_like_autocast, resolve_backend
 from .ring_moves import Buffers, Call, Event, Plan, Traffic, count_traffic
@@ -63,7 +71,7 @@ def bounded(cache: dict[Any, Any], size: int = 16) -> dict[Any, Any]:
     return cache
 
 # %% ../nbs/08e_ring_layer.ipynb #11a55fd5
-class RingLayer(nn.Module):
+class RingLayer(ConfiguredModule):
     """What layers share whose sequence is cut over a ring: `config.ring_size` consecutive ranks of `group`.
 
     No parameters. Every rank calls it with its share, as `shard_sequence` makes it. Alone, it is one device.

@@ -613,7 +613,7 @@ def _measure_peak(fn: Callable[..., Any], *args: Any) -> PeakMemory:
     return PeakMemory(before, _resident("VmHWM"))
 
 
-def peak_memory(fn: Callable[..., Any], *args: Any, timeout_s: float = 600.0) -> PeakMemory:
+def peak_memory(fn: Callable[..., Any], *args: Any, timeout_s: float = 900.0) -> PeakMemory:
     """Peak resident memory around `fn(*args)` in a fresh process.
 
     Raises `ValueError` if fn is not importable, `RuntimeError` if it fails, `TimeoutError` after `timeout_s` seconds.
@@ -647,7 +647,7 @@ def spawn_gloo(
     fn: Callable[..., Any],  # called as fn(rank, world_size, *args), with the default process group ready
     world_size: int,
     *args: Any,  # whatever pickles
-    timeout_s: float = 60.0,
+    timeout_s: float = 900.0,  # of a busy machine; failures and deaths are seen at once
 ) -> list[Any]:  # what each rank returned
     """Run `fn` on `world_size` real processes joined by gloo.
 

@@ -1,4 +1,5 @@
-"""Build the wheel and install it where there is no nbdev: import every module, run the README's lines and the report.
+"""Build the sdist, of it the wheel, and install that where there is no nbdev: import every module, run the README's
+lines and the report.
 
     python scripts/check_wheel.py             alone, then with each extra; nothing is downloaded
     python scripts/check_wheel.py --online    also: does each extra resolve against the package index?
@@ -46,12 +47,16 @@ print(len(modules), len({package}.__all__))
 
 
 def build(folder: Path) -> Path:
-    "The wheel, built in a copy: a build/ folder left behind would bring deleted modules back."
+    """The wheel, as pip builds it from the sdist: what the sdist lacks, the wheel and every installation lack too.
+
+    The sdist is made of a copy: a build/ folder left behind would bring deleted modules back.
+    """
     copy_tree(ROOT, folder / "source")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), f"{folder}/source"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"the wheel could not be built:\n{done.stdout}{done.stderr}")
+    sdist = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", folder, folder / "source"]
+    run(sdist, folder, "building the sdist")
+    offline = "--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check"
+    wheel = [sys.executable, "-m", "pip", "wheel", *offline, "--wheel-dir", folder, next(folder.glob("*.tar.gz"))]
+    run(wheel, folder, "pip wheel of the sdist")
     return next(folder.glob("*.whl"))
 
 
@@ -88,7 +93,7 @@ def link(distribution: metadata.Distribution, site: Path) -> None:
 
 def run(command: list[object], cwd: Path, what: str, status: int = 0) -> str:
     "Run a program, which must end with `status`; returns all that it prints."
-    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, timeout=1800)
     if done.returncode != status:
         raise SystemExit(f"{what} failed, status {done.returncode}:\n{done.stdout}{done.stderr}")
     return done.stdout + done.stderr

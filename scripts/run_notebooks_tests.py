@@ -117,7 +117,7 @@ def find(root: Path = ROOT) -> list[Path]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebooks", nargs="*", type=Path, help="default: all of them")
-    parser.add_argument("--timeout", type=int, default=300, help="seconds that one notebook may take (default 300)")
+    parser.add_argument("--timeout", type=int, default=1500, help="seconds that one notebook may take (default 1500)")
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="notebooks run at a time")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

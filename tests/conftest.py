@@ -10,11 +10,12 @@ import os
 import sys
 
 # Before torch is imported: two threads at most, so that a test means the same on a laptop and on a server. One where
-# tests run side by side (pytest -n): threads that wait for a core in a loop take it from those that work. The worker
-# inherits what this file set in the process that started it, so a default would be too late here.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
+# tests run side by side (pytest -n): threads that wait for a core in a loop take it from those that work. What the
+# caller asked for stays, in workers too, which inherit what this file set in the process that started them.
+os.environ.setdefault("TEST_THREADS", os.environ.get("OMP_NUM_THREADS", ""))
+os.environ["OMP_NUM_THREADS"] = os.environ["TEST_THREADS"] or (
+    "1" if "PYTEST_XDIST_WORKER" in os.environ else str(min(2, os.cpu_count() or 1))
+)
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler tells stderr when it starts and stops
 

@@ -50,6 +50,9 @@ from dilated_attention_nb.config import (
     check_scale,
     valid_lengths,
 )
+from dilated_attention_nb.gigapath import GigaPathSlideEncoder
+from dilated_attention_nb.longnet import LongNet, longnet_tiny
+from dilated_attention_nb.multihead import KINDS, create_dilated_attention, create_multihead_dilated_attention
 
 NAN, INF = float("nan"), float("inf")
 BRANCHES = {"segment_lengths": (4, 8), "dilation_rates": (1, 2)}
@@ -443,7 +446,7 @@ def test_configs_nest():
 def test_import_needs_torch_only():
     heavy = ["matplotlib", "einops", "safetensors", "jaxtyping", "fastcore", "nbdev", "IPython", "flash_attn"]
     code = f"import sys, dilated_attention_nb.config; print([m for m in {heavy} if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1200, check=True)
     assert out.stdout.strip() == "[]"
 
 
@@ -607,3 +610,40 @@ def test_checks_compile_whole_and_lengths_stay_symbolic():
     assert counter.frame_count <= 2
     with pytest.raises(Unsupported, match="sequence length 10 is not a multiple of segment length 4; pass ragged"):
         compiled(q[:, :10], q[:, :10], q[:, :10], torch.zeros(2, 10, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("word", ["lr", "depth", "block_size", "pad_to", "zz"])
+def test_hints_are_near(word):
+    known = tuple(f.name for f in dataclasses.fields(DilatedAttentionConfig))
+    for refuse in (
+        lambda: DilatedAttentionConfig.from_dict(BRANCHES | {word: 1}),
+        lambda: check_choice("name", word, known),
+    ):
+        with pytest.raises(ValueError) as error:
+            refuse()
+        assert "did you mean" not in str(error.value) and all(name in str(error.value) for name in known)
+
+
+def configured():
+    "One module of each kind that is made of a config."
+    branches = dict(segment_lengths=(16, 32), dilation_rates=(1, 2))
+    model = LongNet(longnet_tiny())
+    yield from (model, model.decoder, model.decoder.layers[1], model.decoder.layers[1].ffn)
+    extra = {"block_sparse": dict(block_size=16), "block_sparse_ring": dict(block_size=16)}
+    yield from (create_dilated_attention(kind, **branches, **extra.get(kind, {})) for kind in KINDS if kind != "auto")
+    yield create_multihead_dilated_attention(embed_dim=32, num_heads=4, **branches)
+    yield GigaPathSlideEncoder(embed_dim=32, depth=1, num_heads=2, in_chans=8)
+
+
+@pytest.mark.parametrize("module", configured(), ids=lambda module: type(module).__name__)
+def test_names_of_a_config_cannot_be_set_on_its_module(module):
+    configs = {name: value for name, value in vars(module).items() if isinstance(value, Config)}
+    values = {name: getattr(config, name) for config in configs.values() for name in config.to_dict()}
+    assert configs and values
+    for name, value in (values | configs).items():
+        if name in vars(module) and name not in configs:
+            continue  # an attribute that it reads itself: `drop_path` of a layer
+        with pytest.raises(AttributeError, match=f"{name} must be"):
+            setattr(module, name, value)
+    module.eval().note = 1  # anything else can be
+    assert not module.training and module.note == 1 and type(copy.deepcopy(module)) is type(module)

@@ -821,7 +821,7 @@ def test_threads_get_what_they_would_get_alone(which):
     alone, found = [step(i) for i in range(8)], [None] * 8
 
     def work(i):
-        start.wait(timeout=60)
+        start.wait()
         found[i] = [step(i) for _ in range(3)]
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]

@@ -399,6 +399,7 @@ def test_compiled_gradients():
 
 X = inputs(dtype=torch.float32)
 BAD = {
+    "a far field": (ValueError, "has no field 'lr'; known are", lambda: create_dilated_attention(lr=1, **BRANCHES)),
     "kind unknown": (ValueError, "did you mean 'improved'", lambda: create_dilated_attention("improve", **BRANCHES)),
     "kind not a string": (TypeError, "kind", lambda: create_dilated_attention(3, **BRANCHES)),
     "kind upper case": (ValueError, "standard", lambda: create_multihead_dilated_attention("Standard", **SMALL)),

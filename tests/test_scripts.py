@@ -5,6 +5,7 @@ import importlib.util
 import io
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -371,14 +372,14 @@ def test_what_varies_is_marked():
         ([code("assert 1 + 1 == 2")], True, "1 of 1 code cells"),
         ([code("#| notest", "1 / 0"), code("x = 1")], True, "1 of 2 code cells"),
         ([code("assert 1 + 1 == 3")], False, "AssertionError"),
-        ([code("import time", "time.sleep(60)")], False, "still running after 8 s"),
+        ([code("import time", "time.sleep(3600)")], False, "still running after 8 s"),
         ([code("import os", "os._exit(3)")], False, "ended with 3"),
         ([code("#| eval: false", "1 / 0")], False, "no cell ran"),
     ],
 )
 def test_notebooks_are_run_counted_and_ended(tmp_path, cells, good, line):
     path = write(tmp_path / "x.ipynb", prose("# X"), *cells)
-    passed, said = load("run_notebooks_tests").run(path, 8)
+    passed, said = load("run_notebooks_tests").run(path, 8 if "after 8 s" in line else 900)
     assert passed is good and line in said
 
 
@@ -466,3 +467,39 @@ def test_prose_beside_the_title_stays_on_the_page():
     assert [c.source for c in split(whole)] == ["# Title\n\n> line", "Three sentences.\n\n- key: value"]
     for text in ("# Title", "# Title\n\n> line", "Prose", "## Section\n\nProse"):
         assert [c.source for c in split(mk_cell(text, "markdown"))] == [text]
+
+
+# ---- run_tests -------------------------------------------------------------------------------------------------------
+
+
+def test_all_parts_run_and_the_failed_ones_are_named(monkeypatch, capfd):
+    module = load("run_tests")
+    python = [sys.executable, "-c"]
+    commands = {
+        "first": ([*python, "import os; print('threads', os.environ['OMP_NUM_THREADS'])"], {"OMP_NUM_THREADS": "3"}),
+        "second": ([*python, "raise SystemExit(2)"], {}),
+        "third": (["/nowhere/at/all"], {}),
+        "last": ([*python, "print('the last part ran')"], {}),
+    }
+    monkeypatch.setattr(module, "parts", lambda: {name: command for name, (command, _) in commands.items()})
+    assert module.run(commands) == ["second", "third"]
+    monkeypatch.setattr(sys, "argv", ["run_tests.py"])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert module.main() == 1
+    shown = capfd.readouterr().out.splitlines()
+    assert "threads 3" in shown and "threads 1" in shown and shown.count("the last part ran") == 2
+    assert shown[-2:] == ["failed: second; third", "parts: 2 passed, 2 failed"]
+
+
+def test_the_portable_runs_take_every_kernel_and_number_of_threads():
+    settings = {
+        (v["ATEN_CPU_CAPABILITY"], v["OMP_NUM_THREADS"], n.split(",")[0])
+        for n, (_, v) in load("run_tests").portable().items()
+    }
+    assert settings == set(itertools.product(("default", "avx2"), ("1", "3"), ("notebooks", "tests")))
+    code = "import torch; print(torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())"
+    for _, variables in list(load("run_tests").portable().values())[::2]:
+        done = subprocess.run([sys.executable, "-c", code], env=os.environ | variables, capture_output=True, text=True)
+        capability, threads = done.stdout.split()
+        assert capability.lower() == variables["ATEN_CPU_CAPABILITY"]
+        assert threads in (variables["OMP_NUM_THREADS"], str(os.cpu_count()))  # MKL starts no more than there are cores
