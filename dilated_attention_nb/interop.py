@@ -434,26 +434,28 @@ def _config_of(name: str | None) -> DilatedAttentionConfig | None:
     return entry.keywords["config"] if ours else None
 
 
+class _Branches(dict[str, Any]):
+    "What stands as `dilated_attention` in the config of a model that was made here, not read from a file."
+
+
 def _on_choice(model: Any, name: str, making: bool) -> None:
     "Called for each model that is made or switched: refuses, warns, and notes the branches in the model's config."
     config, saved = _config_of(name), getattr(model.config, "dilated_attention", None)
     now = None if config is None else config.to_dict()
     if now is not None and not _may_dispatch(type(model)):
         got = f"{type(model).__name__}, which computes attention itself"
-        advice = (
-            "no other has an effect on it: take 'eager' (of a part: attn_implementation={'vision_config': 'eager'})"
-        )
+        advice = "take 'eager'; for a part of a larger model, attn_implementation={'text_config': a registered name}"
         raise _Refused(complaint("the model", "take its attention from transformers' table", got, advice))
-    if making and saved is not None and now != saved:
-        this = f"attends with {name!r}" + ("" if now is None else f", {_branches(now)}")
+    if making and saved is not None and now != saved and not isinstance(saved, _Branches):
+        this = f"now attends with {name!r}" + ("" if now is None else f", {_branches(now)}")
         advice = "register its branches and pass attn_implementation= with that name"
         warnings.warn(
-            f"{type(model).__name__} was saved with dilated attention, {_branches(saved)}, but {this}; {advice}",
+            f"a model that was saved with dilated attention, {_branches(saved)}, {this}; {advice}",
             stacklevel=2,
         )
     elif now is not None:
-        model.config.dilated_attention = now
-    elif not making and saved is not None:
+        model.config.dilated_attention = _Branches(now)
+    elif saved is not None and (isinstance(saved, _Branches) or not making):
         del model.config.dilated_attention
 
 
@@ -539,14 +541,14 @@ def _run_tiny(twin: nn.Module, inputs: dict[str, Any]) -> None:
     attempts = (
         [inputs] if inputs else [{n: made[n] for n in some if n in made and n in names} for some in (least, made)]
     )
-    for last, attempt in zip((False, True)[-len(attempts) :], attempts):
+    for attempt in attempts:
         try:
             twin(**attempt)
             return
         except _Refused:
             raise
         except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as e:
-            if last:
+            if attempt is attempts[-1]:
                 rule = f"let {type(twin).__name__} run"
                 got = f"{', '.join(attempt) or 'none that can be made'} ({type(e).__name__}: {str(e)[:200]})"
                 advice = (
@@ -558,26 +560,27 @@ def _run_tiny(twin: nn.Module, inputs: dict[str, Any]) -> None:
 def _tiny_inputs(twin: nn.Module) -> dict[str, Tensor]:
     "Inputs by name, as small as the config allows."
     c, like = twin.config, next(twin.parameters())
-    size = lambda name, default, of=c: getattr(of, name, None) or default  # noqa: E731
-    text = c.get_text_config() if hasattr(c, "get_text_config") else c
-    vision, audio = size("vision_config", c), size("audio_config", c)
-    special = {v for k, v in text.to_dict().items() if k.endswith(("token_id", "token_index")) and isinstance(v, int)}
-    words = [i for i in range(min(size("vocab_size", 64, text), 64)) if i not in special] or [0]
-    n = min(16, size("max_position_embeddings", 16, text))
-    ids = torch.tensor([[words[i % len(words)] for i in range(n)]], device=like.device)
-    side = size("image_size", 32, vision)
-    sides = (side, side) if isinstance(side, int) else tuple(side.values() if isinstance(side, dict) else side)[-2:]
-    frames = (vision.num_frames,) if hasattr(vision, "num_frames") else ()
-    mel = size(
-        "num_mel_bins", size("input_feat_per_channel", size("feature_projection_input_dim", 80, audio), audio), audio
-    )
-    shapes = {
-        "pixel_values": (1, *frames, size("num_channels", 3, vision), *sides),
-        "input_values": (1, size("max_length", 100, audio), mel) if hasattr(audio, "num_mel_bins") else (1, 4000),
-        "input_features": (1, mel, 2 * audio.max_source_positions) if hasattr(audio, "max_source_positions") and hasattr(audio, "num_mel_bins") else (1, 64, mel),
-    }  # fmt: skip
+    text, vision, audio = c.get_text_config(), getattr(c, "vision_config", c), getattr(c, "audio_config", c)
+    shapes = {"pixel_values": _image_shape(vision), "input_values": (1, 4000)}
+    names = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim")
+    bins = next((size for name in names if isinstance(size := getattr(audio, name, None), int)), 80)
+    frames = 2 * audio.max_source_positions if isinstance(getattr(audio, "max_source_positions", None), int) else 64
+    shapes["input_features"] = (1, bins, frames) if hasattr(audio, "num_mel_bins") else (1, frames, bins)
+    if hasattr(audio, "num_mel_bins") and hasattr(audio, "max_length"):
+        shapes["input_values"] = (1, audio.max_length, bins)  # a spectrogram, no sound
     floats = {name: torch.zeros(shape, dtype=like.dtype, device=like.device) for name, shape in shapes.items()}
+    special = {v for k, v in text.to_dict().items() if k.endswith(("token_id", "token_index")) if isinstance(v, int)}
+    words = [i for i in range(min(getattr(text, "vocab_size", None) or 64, 64)) if i not in special] or [0]
+    n = min(16, getattr(text, "max_position_embeddings", None) or 16)
+    ids = torch.tensor([[words[i % len(words)] for i in range(n)]], device=like.device)
     return {"input_ids": ids, "decoder_input_ids": ids, **floats}
+
+
+def _image_shape(config: Any) -> tuple[int, ...]:
+    side = getattr(config, "image_size", None) or 32
+    sides = list(side.values()) if isinstance(side, dict) else [side, side] if isinstance(side, int) else list(side)
+    frames = [config.num_frames] if hasattr(config, "num_frames") else []
+    return (1, *frames, getattr(config, "num_channels", None) or 3, *sides[-2:])
 
 # %% ../nbs/14_interop.ipynb #d41f6a06
 def check_dilated(model: nn.Module, **inputs: Any) -> dict[str, int]:
@@ -587,9 +590,9 @@ def check_dilated(model: nn.Module, **inputs: Any) -> dict[str, int]:
     are those of the model's forward; without them a few tokens, patches or frames are made from its config. Warns of
     layers that attend otherwise. Raises `ValueError` if none calls it, or if no inputs can be made.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(complaint("model", "be a model of transformers", type(model).__name__, "pass the model"))
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise TypeError(complaint("model", "be a model of transformers", type(model).__name__, "pass the model"))
     twin = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
     calls, runs = _watch(twin)
     devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
