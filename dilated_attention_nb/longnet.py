@@ -4,23 +4,27 @@
 
 # %% auto #0
 __all__ = ['POSITIONS', 'LARGEST_EXPONENT', 'LongNetConfig', 'longnet_125m', 'longnet_tiny', 'rotate', 'Rotation',
-           'make_rotation', 'FeedForward', 'LongNetLayer', 'LayerStack', 'token_losses', 'LongNet', 'LongNetEncoder',
-           'parameter_counts']
+           'make_rotation', 'FeedForward', 'LongNetLayer', 'LayerStack', 'token_losses', 'called_losses', 'LongNet',
+           'LongNetEncoder', 'parameter_counts']
 
 # %% ../nbs/12_longnet.ipynb #9f16e6b4
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import register_flop_formula
 
 from dilated_attention_nb.config import (
+    BACKENDS,
+    LAYER_BACKENDS,
     Config,
     ConfiguredModule,
     DilatedAttentionConfig,
@@ -34,8 +38,18 @@ from dilated_attention_nb.config import (
     check_int,
     check_positive,
     complaint,
+    readable,
 )
-from .multihead import CONFIGS, KINDS, MultiheadDilatedAttention, magneto_init
+from dilated_attention_nb.multihead import (
+    ATTENTIONS,
+    CONFIGS,
+    KINDS,
+    MultiheadDilatedAttention,
+    Start,
+    magneto_init,
+    is_plain,
+    resolve_kind,
+)
 
 # %% ../nbs/12_longnet.ipynb #5c75ec12
 POSITIONS = ("xpos", "rope", "none")
@@ -72,6 +86,7 @@ class LongNetConfig(Config):
     activation_checkpointing: bool = False  # recompute layers in the backward pass instead of keeping their activations
     attention: str = "auto"  # kind of attention: "auto", "improved" or "standard"
     max_head_dim: int = 128  # widest head
+    backend: str = "auto"  # of the attention; "math" in attention "standard" has second derivatives
 
     def __post_init__(self) -> None:
         def check(by: Callable[[str, Any], Any], *names: str) -> None:
@@ -85,6 +100,7 @@ class LongNetConfig(Config):
         check(check_flag, "tie_embeddings", "activation_checkpointing")
         check_choice("position", self.position, POSITIONS)
         check_choice("attention", self.attention, tuple(kind for kind in KINDS if kind not in CONFIGS))
+        check_choice("backend", self.backend, BACKENDS if self.attention == "standard" else LAYER_BACKENDS)
         shared = ("embed_dim", "num_heads", "num_kv_heads", "layer_norm_eps", "segment_lengths", "dilation_rates")
         for part in (self.multihead_config, self.attention_config):  # which check what they are given
             self._store(**{name: getattr(part, name) for name in shared if hasattr(part, name)})
@@ -157,13 +173,19 @@ def rotate(
     return torch.view_as_real(product).flatten(-2).to(x.dtype)
 
 
-@dataclass(frozen=True)
 class Rotation:
-    "Positions as factors: `q, k = rotation(q, k)`, the queries being the last `nq` of `nk` positions."
+    """Positions as factors: `q, k = rotation(q, k)`, the queries being the last `nq` of `nk` positions.
 
-    queries: Float[Tensor, "*batch n half 2"]
-    keys: Float[Tensor, "*batch n half 2"]
-    exponent: float  # the largest factor is e to this
+    No dataclass: FSDP would look into it and round the factors to the dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        queries: Float[Tensor, "*batch n half 2"],
+        keys: Float[Tensor, "*batch n half 2"],
+        exponent: float,  # the largest factor is e to this
+    ) -> None:
+        self.queries, self.keys, self.exponent = queries, keys, exponent
 
     def __call__(
         self, q: Float[Tensor, "b nq h d"], k: Float[Tensor, "b nk hk d"]
@@ -208,8 +230,8 @@ class FeedForward(ConfiguredModule):
         self.fc1 = nn.Linear(config.embed_dim, config.inner_dim, config.bias)
         self.ffn_layernorm = nn.LayerNorm(config.inner_dim, config.layer_norm_eps)
         self.fc2 = nn.Linear(config.inner_dim, config.embed_dim, config.bias)
-        magneto_init(self.fc1, config.gain)
-        magneto_init(self.fc2, config.gain)
+        for linear in (self.fc1, self.fc2):
+            Start(linear, magneto_init, config.gain)()
 
     def forward(self, x: Float[Tensor, "b n e"]) -> Float[Tensor, "b n e"]:
         x = F.dropout(F.gelu(self.fc1(x)), self.config.activation_dropout, self.training)
@@ -224,7 +246,8 @@ class LongNetLayer(ConfiguredModule):
         super().__init__()
         self.drop_path = config.drop_path * depth / max(1, config.num_layers - 1)  # before config: of this layer
         self.config = config
-        self.self_attn = MultiheadDilatedAttention(config.multihead_config, config.attention_config, config.attention)
+        build = partial(ATTENTIONS[resolve_kind(config.attention)], backend=config.backend)
+        self.self_attn = MultiheadDilatedAttention(config.multihead_config, config.attention_config, build)
         self.self_attn_layer_norm = nn.LayerNorm(config.embed_dim, config.layer_norm_eps)
         self.ffn = FeedForward(config)
         self.final_layer_norm = nn.LayerNorm(config.embed_dim, config.layer_norm_eps)
@@ -305,7 +328,8 @@ class LayerStack(ConfiguredModule):
         if x.dim() != 3 or x.shape[2] != self.config.embed_dim or x.shape[0] == 0 or x.shape[1] == 0:
             rule = f"have shape [batch, seq, embed_dim], none of them 0, with embed_dim {self.config.embed_dim}"
             raise ValueError(complaint("x", rule, tuple(x.shape), "the batch comes first"))
-        check_home("x", x, self.layer_norm.weight)
+        if is_plain(self.layer_norm, nn.LayerNorm):
+            check_home("x", x, self.layer_norm.weight)
         _check_cache(cache, self.config, x)
         position = self._rotation(x, is_causal, cache)
         x = F.dropout(x, self.config.dropout, self.training)
@@ -331,6 +355,7 @@ class LayerStack(ConfiguredModule):
 
 # %% ../nbs/12_longnet.ipynb #3c3ef8f0
 _LOGITS = 2**22  # computed at a time: 16 MiB in float32
+_INTEGERS = tuple(getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64))
 
 
 def _chunks(x: Tensor, weight: Tensor, targets: Tensor, ignored: int) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
@@ -388,15 +413,30 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, dlosses: Tensor, _: Any) -> tuple[Tensor, Tensor, None, None]:
-    return *losses_backward_op(dlosses, *ctx.saved_tensors, ctx.ignored), None, None
-
-
-def _no_second_derivative(ctx: Any, *_: Any) -> Any:
-    raise NotImplementedError("token_losses has no second derivative; use cross_entropy of the logits")
+    "With create_graph=True in operations that have derivatives themselves, of all logits at once."
+    if not torch.is_grad_enabled():
+        return *losses_backward_op(dlosses, *ctx.saved_tensors, ctx.ignored), None, None
+    x, weight, targets, lse = ctx.saved_tensors
+    counts = targets[:, None] != ctx.ignored
+    chances = (x @ weight.T).to(lse.dtype).softmax(-1)
+    dlogits = chances.scatter_add(1, targets[:, None].where(counts, 0), chances.new_full((len(x), 1), -1.0))
+    dlogits = (dlogits * (dlosses[:, None] * counts)).to(x.dtype)
+    return dlogits @ weight, (dlogits.T @ x).to(weight.dtype), None, None
 
 
 losses_op.register_autograd(_backward, setup_context=_save)
-losses_backward_op.register_autograd(_no_second_derivative)
+
+
+@register_flop_formula(torch.ops.dilated_attention_nb.token_losses)
+def _flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    "Of the product with the head."
+    return 2 * int(x[0]) * int(weight[0]) * int(weight[1])
+
+
+@register_flop_formula(torch.ops.dilated_attention_nb.token_losses_backward)
+def _backward_flops(dlosses: Any, x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    "The logits again, and two gradients."
+    return 3 * _flops(x, weight)
 
 # %% ../nbs/12_longnet.ipynb #0e730884
 def token_losses(
@@ -409,8 +449,8 @@ def token_losses(
 
     Raises `ValueError` for targets or a weight of another shape, `TypeError` for targets that are no integers.
     """
-    if targets.dtype not in (torch.int32, torch.int64):
-        raise TypeError(complaint("targets", "be int64 or int32", targets.dtype, "convert them with .long()"))
+    if targets.dtype not in _INTEGERS:
+        raise TypeError(complaint("targets", "be of a type of integers", targets.dtype, "convert them with .long()"))
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         got, advice = f"{tuple(weight.shape)} for x {tuple(x.shape)}", "it is the head's, [vocab, width]"
         raise ValueError(complaint("weight", "have a row of x's width for each token", got, advice))
@@ -420,47 +460,171 @@ def token_losses(
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
-    losses: Tensor = losses_op(x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), ignore_index)[0]
+    rows, wanted = x.reshape(-1, x.shape[-1]), targets.reshape(-1).long()
+    if _transformed(x, weight, targets):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        losses = F.cross_entropy((rows @ weight.T).to(wide), wanted, ignore_index=ignore_index, reduction="none")
+    else:
+        losses = losses_op(rows, weight, wanted, ignore_index)[0]
     return losses.view(targets.shape)
 
-# %% ../nbs/12_longnet.ipynb #9090201e
-def check_tokens(name: str, x: Any, vocab_size: int, ignored: int | None = None) -> None:
-    """`x` must be token numbers `[batch, seq]`, or `ignored`.
 
-    The numbers themselves are looked at on the CPU, outside of compiled code: elsewhere that would take time.
+def _transformed(*tensors: Tensor) -> bool:
+    "Whether torch.func or forward-mode differentiation is at work, for which plain operations are written out."
+    if torch.compiler.is_compiling():
+        return False
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return any(wrapped(x) or unpack_dual(x).tangent is not None for x in tensors)
+
+
+def called_losses(
+    x: Float[Tensor, "b n e"],
+    head: Callable[[Tensor], Tensor],  # to logits
+    targets: Int[Tensor, "b n"],  # -100 costs nothing
+    vocab_size: int,
+) -> Float[Tensor, "b n"]:
+    "`token_losses` of whatever stands for a head: it is called, some tokens at a time, and again in the backward pass."
+
+    def losses(some: Tensor, wanted: Tensor) -> Tensor:
+        logits = head(some)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits.to(wide).flatten(0, 1), wanted.flatten(), reduction="none")
+
+    rows, wanted = x.reshape(1, -1, x.shape[-1]), targets.reshape(1, -1).long()
+    count = max(1, _LOGITS // vocab_size)
+    if torch.compiler.is_compiling() or rows.shape[1] <= count:  # the compiler decides itself what it keeps
+        return losses(rows, wanted).view(targets.shape)
+    parts = zip(rows.split(count, 1), wanted.split(count, 1))
+    return torch.cat([checkpoint(losses, *part, use_reentrant=False) for part in parts]).view(targets.shape)
+
+# %% ../nbs/12_longnet.ipynb #9090201e
+def check_tokens(name: str, x: Any, vocab_size: int, ignored: int | None = None) -> Int[Tensor, "b n"]:
+    """Token numbers `[batch, seq]`, of any type of integers, or `ignored`, as int64.
+
+    The numbers themselves are looked at on the CPU, where they are `readable`: elsewhere that would take time.
     """
     if not isinstance(x, Tensor):
         raise TypeError(complaint(name, "be a tensor of tokens [batch, seq]", type(x).__name__, "use torch.tensor"))
-    if x.dtype not in (torch.int32, torch.int64):
-        raise TypeError(complaint(name, "be int64 or int32", x.dtype, "convert it with .long()"))
+    if x.dtype not in _INTEGERS:
+        raise TypeError(complaint(name, "be of a type of integers", x.dtype, "convert it with .long()"))
     if x.dim() != 2 or x.shape[0] == 0 or x.shape[1] == 0:
         rule = "have shape [batch, seq], neither 0"
         raise ValueError(complaint(name, rule, tuple(x.shape), "add the batch with [None]"))
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    x = x.long()
+    if x.device.type == "cpu" and readable(x):
         low, high = (int(end) for end in (x if ignored is None else x.where(x != ignored, 0)).aminmax())
         if low < 0 or high >= vocab_size:
             rule = f"be {'' if ignored is None else f'{ignored} or '}in [0, {vocab_size})"
             raise ValueError(complaint(name, rule, low if low < 0 else high, "is it another tokenizer's?"))
+    return x
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    "Without dropout; afterwards each part of the model is in the mode that it was in."
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+@lru_cache(maxsize=None)
+def _twin_class(cls: type[nn.Module]) -> type[nn.Module]:
+    "A `cls` that shares everything with a module of that class, except that it evaluates, and its children too."
+
+    def __getattr__(self: Any, name: str) -> Any:
+        twins = object.__getattribute__(self, "_modules")
+        return twins[name] if name in twins else super(twin, self).__getattr__(name)
+
+    body = {
+        "__slots__": ("_modules",), "__getattr__": __getattr__, "twin_of": cls, "__module__": cls.__module__,
+        "training": property(lambda self: False), "_compiled_call_impl": property(lambda self: None),
+    }  # fmt: skip
+    twin = type(cls.__name__, (cls,), body)
+    return twin
+
+
+def evaluating(module: Any) -> Any:
+    """A twin of the module that evaluates: dropout is off, in foreign modules too. The module is not touched.
+
+    Twin and module share parameters, buffers, hooks and whatever else is stored in them; compiled parts run uncompiled.
+    """
+    module = getattr(module, "_orig_mod", module)  # what torch.compile was given
+    if not isinstance(module, nn.Module) or not any(part.training for part in module.modules()):
+        return module
+    twin = object.__new__(_twin_class(type(module)))
+    object.__setattr__(twin, "__dict__", vars(module))
+    children = {name: evaluating(child) for name, child in vars(module)["_modules"].items()}
+    type(twin)._modules.__set__(twin, children)
+    return twin
 
 
 def _embedding(vocab_size: int, embed_dim: int) -> nn.Embedding:
     "Normal with variance `1 / embed_dim`."
     table = nn.Embedding(vocab_size, embed_dim)
-    nn.init.normal_(table.weight, std=embed_dim**-0.5)
+    Start(table, _narrow_normal, embed_dim)()
     return table
+
+
+def _narrow_normal(module: nn.Module, embed_dim: int) -> None:
+    nn.init.normal_(module.weight, std=embed_dim**-0.5)
+
+# %% ../nbs/12_longnet.ipynb #911ead84
+def head_logits(head: nn.Module | None, table: nn.Module) -> Callable[[Tensor], Tensor]:
+    "The head, to be called; without one, the product with the table of embeddings."
+    if head is not None:
+        return head
+    if hasattr(table, "unshard"):  # FSDP keeps it in shares, and only its own call would join them
+        table.unshard()
+    return partial(F.linear, weight=table.weight)
+
+
+def head_losses(
+    x: Float[Tensor, "b n e"],
+    head: nn.Module | None,  # None: the table is the head
+    table: nn.Module,  # of embeddings
+    targets: Int[Tensor, "b n"],  # -100 costs nothing
+    vocab_size: int,
+) -> Float[Tensor, "b n"]:
+    "In one operator if the head is a plain product; whatever else stands there is called."
+    logits = head_logits(head, table)
+    source = table if head is None else head
+    fused = type(source.weight) in (nn.Parameter, Tensor) if head is None else is_plain(head) and head.bias is None
+    if fused:
+        return token_losses(x, source.weight, targets)
+    return called_losses(x, logits, targets, vocab_size)
+
+
+_HINTS = {
+    "input_ids": "the tokens come first: model(tokens)",
+    "inputs_embeds": "embeddings go through a LongNetEncoder",
+    "labels": "pass targets=: for each token the one that follows, tokens[:, 1:]; nothing is shifted here",
+    "attention_mask": "pass key_padding_mask=attention_mask == 0: True is padding",
+    "mask": "pass key_padding_mask=, True for padding; LongNet is causal, an encoder takes is_causal=",
+    "src_key_padding_mask": "pass key_padding_mask=, True for padding",
+    "encoder_padding_mask": "pass key_padding_mask=, True for padding",
+    "attn_mask": "pass is_causal=True or key_padding_mask=; other masks are no dilated attention",
+    "position_ids": "positions are counted here; packed documents are told by cu_seqlens=",
+    "token_type_ids": "there are none here; leave them out",
+    "past_key_values": "pass cache=LongNetCache(model.config, batch_size)",
+    "use_cache": "pass cache=LongNetCache(model.config, batch_size); model.generate makes its own",
+    "logits_to_keep": "pass last=",
+    "return_dict": "a tensor comes back; leave it out",
+    "output_hidden_states": "an encoder's states(x) gives them one by one",
+    "output_attentions": "no weights are ever computed; attention_rollout and need_weights=True are the nearest",
+    "max_length": "pass max_new_tokens, which doesn't count the prompt",
+    "max_tokens": "pass max_new_tokens",
+    "min_new_tokens": "there is no such limit here; draw longer and cut",
+    "do_sample": "pass temperature=0 for the most probable token, above 0 to draw",
+    "num_beams": "there is no beam search here; temperature=0 takes the most probable token",
+    "num_return_sequences": "repeat the prompt: prompt.expand(count, -1)",
+    "eos_token_id": "pass stop=",
+    "stop_token_ids": "pass stop=",
+    "pad_token_id": "pass key_padding_mask=, True for padding; rows that ended repeat their last token",
+    "bos_token_id": "put it in front of the prompt",
+    "streamer": "pass stream=True and iterate over what comes back",
+    "generator": "pass seed=",
+    "repetition_penalty": "there is none here; draw from model(tokens, cache=cache) yourself",
+    "generation_config": "pass temperature=, top_k=, top_p=, stop= themselves",
+}
+
+
+def refuse_names(where: str, names: Collection[str], hints: Mapping[str, str] = _HINTS) -> None:
+    "A `TypeError` if there are any, with what to use here instead."
+    for name in names:
+        advice = hints.get(name, "see its signature")
+        raise TypeError(f"{where} takes no argument {name!r}; {advice}")
 
 # %% ../nbs/12_longnet.ipynb #911ead85
 class LongNet(ConfiguredModule):
@@ -480,45 +644,69 @@ class LongNet(ConfiguredModule):
         head = None if config.tie_embeddings else nn.Linear(config.embed_dim, config.vocab_size, bias=False)
         self.output_projection = head
         if head is not None:
-            nn.init.normal_(head.weight, std=config.embed_dim**-0.5)
+            Start(head, _narrow_normal, config.embed_dim)()
 
     @property
     def head_weight(self) -> Float[Tensor, "vocab e"]:
         "Of the output: its own, or the table of embeddings."
         return self.embed_tokens.weight if self.output_projection is None else self.output_projection.weight
 
+    @property
+    def vocab_size(self) -> int:
+        "Of the embeddings that are there, which may have been replaced."
+        return int(getattr(self.embed_tokens, "num_embeddings", self.config.vocab_size))
+
     def forward(
         self,
-        tokens: Int[Tensor, "b n"],
+        tokens: Int[Tensor, "b n"] = None,  # type: ignore[assignment]
         targets: Int[Tensor, "b n"] | None = None,  # what follows each token; -100 is left out
         key_padding_mask: Bool[Tensor, "b n"] | None = None,  # True is padding, left out of the loss too
         reduction: str = "mean",  # over the targets that count; or "none"
         cache: Any = None,  # a `LongNetCache` of decoding: the tokens follow those that it has read
+        last: int | None = None,  # logits of so many last tokens alone; None: of all
+        **others: Any,  # names of other libraries: a TypeError that says what to use
     ) -> Float[Tensor, "b n vocab"] | Float[Tensor, ""] | Float[Tensor, "b n"]:
         """Logits or, with targets, the loss in nats, computed without ever holding all logits.
 
         Raises `ValueError` or `TypeError` naming the argument.
         """
+        refuse_names("LongNet", others)
         check_choice("reduction", reduction, ("mean", "none"))
         x = self.hidden(tokens, key_padding_mask, cache)
         if targets is None:
-            return F.linear(x, self.head_weight)
-        check_tokens("targets", targets, self.head_weight.shape[0], -100)
-        check_home("targets", targets, self.head_weight)
+            return self.logits(x if last is None else x[:, -check_int("last", last) :])
+        if last is not None:
+            raise ValueError(complaint("last", "be None with targets", last, "ignore targets with -100"))
+        targets = check_tokens("targets", targets, self._targets_below(), -100)
+        check_home("targets", targets, x)
         if targets.shape[0] != tokens.shape[0] or targets.shape[1] != tokens.shape[1]:
             rule = f"have the shape of tokens {tuple(tokens.shape)}"
             raise ValueError(complaint("targets", rule, tuple(targets.shape), "they are the tokens, shifted by one"))
         if key_padding_mask is not None:
             targets = targets.masked_fill(key_padding_mask, -100)
-        losses = token_losses(x, self.head_weight, targets)
+        losses = self.losses(x, targets)
         return losses if reduction == "none" else losses.sum() / (targets != -100).sum().clamp(min=1)
+
+    def _targets_below(self) -> int:
+        return int(getattr(self.output_projection, "out_features", self.vocab_size))
+
+    def logits(self, x: Float[Tensor, "b n e"]) -> Float[Tensor, "b n vocab"]:
+        "What the head makes of `hidden` states."
+        out: Tensor = head_logits(self.output_projection, self.embed_tokens)(x)
+        return out
+
+    def losses(self, x: Float[Tensor, "b n e"], targets: Int[Tensor, "b n"]) -> Float[Tensor, "b n"]:
+        "Of `hidden` states, in nats; a target of -100 costs nothing."
+        head, table = self.output_projection, self.embed_tokens
+        return head_losses(x, head, table, targets, self._targets_below())
 
     def hidden(
         self, tokens: Int[Tensor, "b n"], key_padding_mask: Bool[Tensor, "b n"] | None = None, cache: Any = None
     ) -> Float[Tensor, "b n e"]:
         "What the head reads: of every token, or of those that follow what the cache has read. Raises as `forward`."
-        check_tokens("tokens", tokens, self.head_weight.shape[0])
-        check_home("tokens", tokens, self.head_weight)
+        tokens = check_tokens("tokens", tokens, self.vocab_size)
+        if (weight := next(self.embed_tokens.parameters(), None)) is not None:
+            check_home("tokens", tokens, weight)
         _check_cache(cache, self.config, tokens)
         x = self.embed_tokens(tokens) if cache is None else cache.embed(self.embed_tokens, tokens)
         states: Tensor = self.decoder(x * self.config.embed_dim**0.5, key_padding_mask, True, cache)
@@ -545,7 +733,7 @@ class LongNetEncoder(LayerStack):
     ) -> Iterator[Float[Tensor, "b n e"]]:
         "The stream before the first layer and after each. Raises `ValueError` or `TypeError` for another input."
         if isinstance(x, Tensor) and not x.is_floating_point() and self.embed_tokens is not None:
-            check_tokens("x", x, self.embed_tokens.num_embeddings)
+            x = check_tokens("x", x, getattr(self.embed_tokens, "num_embeddings", self.config.vocab_size))
             x = self.embed_tokens(x) * self.config.embed_dim**0.5
         if not isinstance(x, Tensor) or not x.is_floating_point():
             got = x.dtype if isinstance(x, Tensor) else type(x).__name__

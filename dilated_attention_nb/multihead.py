@@ -12,12 +12,14 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any, TypeVar
+from weakref import ref
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 from .block_sparse import BlockSparseAttention
 from .block_sparse_ring import BlockSparseRingDilatedAttention
@@ -106,15 +108,18 @@ def create_dilated_attention(
     return build(_completed("config", config, cls, values))
 
 # %% ../nbs/11_multihead.ipynb #7832005d
-def _plain(linear: nn.Module) -> bool:
-    "Whether calling it is `F.linear` and nothing else: not a subclass, an adapter, hooked or patched."
-    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
-    return type(linear) is nn.Linear and not any(hooks) and "forward" not in vars(linear)
+def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
+    "Whether calling it is what its `kind` does with its parameters: no subclass, adapter, other tensors, hook or patch."
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if getattr(type(module), "twin_of", type(module)) is not kind or type(module.weight) not in (nn.Parameter, Tensor):
+        return False
+    patched = "forward" in vars(module) or "_compiled_call_impl" in vars(module)
+    return not (patched or any(hooks) or _has_any_global_hook())
 
 
 def project(x: Float[Tensor, "b n e"], *projections: nn.Module) -> tuple[Tensor, ...]:
     "What each projection makes of `x`: one product, cut in views, if all are plain `nn.Linear`, with or without bias."
-    if not all(map(_plain, projections)) or len({p.bias is None for p in projections}) > 1:
+    if not all(map(is_plain, projections)) or len({p.bias is None for p in projections}) > 1:
         return tuple(p(x) for p in projections)
     weights, biases = zip(*((p.weight, p.bias) for p in projections))
     bias = None if biases[0] is None else torch.cat(biases)
@@ -128,6 +133,20 @@ def magneto_init(linear: nn.Linear, gain: float) -> None:
     nn.init.xavier_normal_(linear.weight, gain)
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)
+
+
+class Start:
+    "A module's own `reset_parameters`: `init(module, *values)`, whatever was reset before it. No cycle of references."
+
+    def __init__(self, module: nn.Module, init: Callable[..., None], *values: Any) -> None:
+        self.module, self.init, self.values = ref(module), init, values
+        module.reset_parameters = self
+
+    def __call__(self) -> None:
+        self.init(self.module(), *self.values)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.module(), self.init, *self.values)
 
 # %% ../nbs/11_multihead.ipynb #7708de68
 LONGEST_WEIGHTS = 2048  # keys for which need_weights=True still answers
@@ -174,20 +193,22 @@ class MultiheadDilatedAttention(ConfiguredModule):
             nn.Linear(c.embed_dim, heads * c.head_dim, c.bias, a.device, a.dtype)
             for heads in (c.num_heads, c.kv_heads, c.kv_heads, c.num_heads)
         )
+        for linear, gain in zip(self._projections(), (1.0, 1.0, c.gamma_init, c.gamma_init)):
+            Start(linear, magneto_init, gain)
         norm = nn.LayerNorm(c.embed_dim, c.layer_norm_eps, device=a.device, dtype=a.dtype) if c.layer_norm else None
         self.inner_attn_ln = norm
         own: dict[str, Any] = {"head_dim": c.head_dim} if isinstance(a, SparseAttentionConfig) else {}
         self.attention = build(replace(a, dropout=0.0, device=None, dtype=None, **own)).to(a.device, a.dtype)
         self.reset_parameters()
 
+    def _projections(self) -> tuple[nn.Module, ...]:
+        return self.q_proj, self.k_proj, self.v_proj, self.out_proj
+
     def reset_parameters(self) -> None:
-        "`magneto_init`, with gain `gamma_init` for values and output."
-        for linear in (self.q_proj, self.k_proj):
-            magneto_init(linear, 1.0)
-        for linear in (self.v_proj, self.out_proj):
-            magneto_init(linear, self.config.gamma_init)
-        if self.inner_attn_ln is not None:
-            self.inner_attn_ln.reset_parameters()
+        "Of the projections, by `magneto_init` with gain `gamma_init` for values and output, and of the LayerNorm."
+        for part in (*self._projections(), self.inner_attn_ln):
+            if hasattr(part, "reset_parameters"):
+                part.reset_parameters()
 
     def forward(
         self,
@@ -237,7 +258,7 @@ class MultiheadDilatedAttention(ConfiguredModule):
         averaged = check_flag("average_attn_weights", average_attn_weights)
         return self.out_proj(out), weights.mean(1) if averaged else weights
 
-    def _check_input(self, name: str, x: Any, projection: nn.Linear) -> None:
+    def _check_input(self, name: str, x: Any, projection: nn.Module) -> None:
         width = self.config.embed_dim
         if not isinstance(x, Tensor):
             raise TypeError(complaint(name, "be a tensor [batch, seq, embed_dim]", type(x).__name__, "pass a tensor"))
@@ -246,7 +267,7 @@ class MultiheadDilatedAttention(ConfiguredModule):
             raise ValueError(complaint(name, rule, tuple(x.shape), "the batch comes first"))
         if not x.is_floating_point():
             raise TypeError(complaint(name, "be a floating-point tensor", x.dtype, "embed tokens first"))
-        if _plain(projection):  # others may convert what they are given
+        if is_plain(projection):  # others may convert what they are given
             check_home(name, x, projection.weight)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor, moved: bool = False) -> tuple[Tensor, ...]:
