@@ -169,6 +169,7 @@ if TYPE_CHECKING:
     from dilated_attention_nb import improved as improved
     from dilated_attention_nb.improved import (
         ImprovedDilatedAttention as ImprovedDilatedAttention,
+        Packing as Packing,
         dilated_attention as dilated_attention,
     )
     from dilated_attention_nb import block_patterns as block_patterns
@@ -548,6 +549,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     ),
     "improved": (
         "ImprovedDilatedAttention",
+        "Packing",
         "dilated_attention",
     ),
     "block_patterns": (
@@ -833,6 +835,7 @@ __all__ = [
     "PAPER",
     "PIPELINE_SCHEDULES",
     "POSITIONS",
+    "Packing",
     "PatternCache",
     "PeakMemory",
     "Piece",

@@ -30,6 +30,7 @@ from dilated_attention_nb.config import (
     check_ints,
     check_ratio,
     complaint,
+    renew_in_forks,
 )
 from .masking import causal_mask, head_groups
 
@@ -362,6 +363,11 @@ class PatternCache:
         self.max_entries = check_int("max_entries", max_entries)
         self.max_bytes = check_int("max_bytes", max_bytes)
         self.made = 0  # patterns generated so far
+        self.renew()
+        renew_in_forks(self)
+
+    def renew(self) -> None:
+        "Begin anew, as a forked process must: the thread that makes a pattern, or holds the lock, isn't there."
         self._lock = threading.Lock()
         self._kept: OrderedDict[Any, Future[BlockPattern]] = OrderedDict()
 

@@ -18,11 +18,13 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, TypeVar, get_type_hints
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -262,6 +264,68 @@ def check_qkv(q: Any, k: Any, v: Any, key_padding_mask: Any = None) -> None:
         raise ValueError(complaint("q", "not be longer than k", got, advice))
     if key_padding_mask is not None:
         check_padding(key_padding_mask, k)
+
+# %% ../nbs/00_config.ipynb #5d0c9a82
+def readable(x: Tensor) -> bool:
+    "Whether values can be read: not of what is traced, faked or transformed."
+    if torch.compiler.is_compiling() or x.device.type == "meta" or type(x) not in (Tensor, torch.nn.Parameter):
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def check_cu_seqlens(name: str, cu_seqlens: Any, x: Tensor) -> None:
+    "Raises unless it can be the running sum of the lengths of documents in `x` `[1, n, h, d]`."
+    rule, got = "be a tensor of int32 or int64, [documents + 1]", type(cu_seqlens).__name__
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(complaint(name, rule, got, "convert it with torch.tensor(cu_seqlens, dtype=torch.int32)"))
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(complaint(name, rule, cu_seqlens.dtype, "convert it with .to(torch.int32)"))
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(complaint(name, rule, tuple(cu_seqlens.shape), "it begins with 0 and has an end per document"))
+    if cu_seqlens.device != x.device and cu_seqlens.device.type != "cpu":
+        raise ValueError(complaint(name, f"be on {x.device} or the CPU", cu_seqlens.device, "move it there"))
+    if x.shape[0] != 1:
+        advice = "put the documents one behind the other in one row"
+        raise ValueError(complaint("q", f"have batch 1 beside {name}", x.shape[0], advice))
+    if readable(cu_seqlens):
+        ends = cu_seqlens.tolist()
+        if ends[0] != 0 or ends[-1] != x.shape[1] or ends != sorted(ends):
+            rule, advice = f"go from 0 to the {x.shape[1]} tokens, never back", "pass the running sum of the lengths"
+            raise ValueError(complaint(name, rule, reprlib.repr(ends), advice))
+
+
+def check_documents(cu_seqlens: Any, cu_seqlens_q: Any, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    "The documents of the queries and of the keys as `forward_op` takes them."
+    if cu_seqlens is None:
+        advice = "it has the documents of the keys, cu_seqlens_q those of fewer queries"
+        raise ValueError(complaint("cu_seqlens", "be there beside cu_seqlens_q", "None", advice))
+    check_cu_seqlens("cu_seqlens", cu_seqlens, k)
+    if cu_seqlens_q is None:
+        if q.shape[1] != k.shape[1]:
+            got, advice = (
+                f"{q.shape[1]} queries for {k.shape[1]} keys",
+                "pass cu_seqlens_q, the documents of the queries",
+            )
+            raise ValueError(complaint("q", "be as long as k beside cu_seqlens", got, advice))
+        return cu_seqlens[None], cu_seqlens[None]
+    check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
+    if cu_seqlens_q.shape != cu_seqlens.shape:
+        got = f"{len(cu_seqlens_q)} and {len(cu_seqlens)}"
+        raise ValueError(
+            complaint("cu_seqlens_q", "be as long as cu_seqlens", got, "give each document an entry in both")
+        )
+    return cu_seqlens_q[None], cu_seqlens[None]
+
+
+def check_mask(name: str, mask: Any) -> Tensor:
+    "`mask` if it is a bool tensor `[b, n]` with at least one place."
+    if not isinstance(mask, Tensor):
+        raise TypeError(complaint(name, "be a bool tensor", type(mask).__name__, "use torch.as_tensor"))
+    if mask.dtype != torch.bool:
+        raise TypeError(complaint(name, "be bool, True for padding", mask.dtype, "compare first, as in mask == 0"))
+    if mask.dim() != 2 or 0 in mask.shape:
+        raise ValueError(complaint(name, "have shape [batch, tokens]", tuple(mask.shape), "one entry per token"))
+    return mask
 
 # %% ../nbs/00_config.ipynb #47478662
 def check_device(name: str, device: Any) -> torch.device | None:
@@ -606,3 +670,20 @@ class MemoryPoolConfig(Config):
         if self.hot_cache_size > self.max_pool_size:
             rule = f"be at most max_pool_size {self.max_pool_size}"
             raise ValueError(complaint("hot_cache_size", rule, self.hot_cache_size, "lower it or raise max_pool_size"))
+
+# %% ../nbs/00_config.ipynb #5b1f0a62
+_renewed: "WeakSet[Any]" = WeakSet()  # what has a lock, as long as it lives
+
+
+def renew_in_forks(owner: Any) -> None:
+    "Call `owner.renew()` in every process that is forked from this one, before anything else runs there."
+    _renewed.add(owner)
+
+
+def _renew_all() -> None:
+    for owner in list(_renewed):
+        owner.renew()
+
+
+if hasattr(os, "register_at_fork"):  # where there is fork
+    os.register_at_fork(after_in_child=_renew_all)

@@ -405,8 +405,9 @@ def _keyless(mask: Tensor, nq: int, is_causal: bool) -> Bool[Tensor, "b n 1"]:
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:
-    "Kernels stride over tokens and heads, never within head_dim."
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    "Kernels stride over tokens and heads, never within head_dim, and want tokens that don't overlap or repeat."
+    whole, apart = 1 in (x.stride(-1), x.shape[-1]), x.shape[1] == 1 or x.stride(1) >= x.shape[-1]
+    return x if whole and apart else x.contiguous()
 
 
 def attend_forward(
