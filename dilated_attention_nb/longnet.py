@@ -9,7 +9,7 @@ __all__ = ['POSITIONS', 'LARGEST_EXPONENT', 'LongNetConfig', 'longnet_125m', 'lo
 
 # %% ../nbs/12_longnet.ipynb #9f16e6b4
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -31,24 +31,30 @@ from dilated_attention_nb.config import (
     MultiheadConfig,
     check_choice,
     check_config,
+    check_cu_seqlens,
     check_dropout,
     check_flag,
     check_heads,
     check_home,
     check_int,
+    check_padding,
     check_positive,
     complaint,
     readable,
 )
+from .improved import Packing
 from dilated_attention_nb.multihead import (
     ATTENTIONS,
     CONFIGS,
     KINDS,
     MultiheadDilatedAttention,
     Start,
-    magneto_init,
+    check_packed,
     is_plain,
+    magneto_init,
+    refuse_names,
     resolve_kind,
+    takes_documents,
 )
 
 # %% ../nbs/12_longnet.ipynb #5c75ec12
@@ -220,6 +226,58 @@ def make_rotation(
     exponent = config.window / 2 / config.scale_base * math.log(3.5)
     return Rotation((turns * scales).to(device, dtype), (turns / scales).to(device, dtype), exponent)
 
+# %% ../nbs/12_longnet.ipynb #e5af6056
+def documents_of(cu_seqlens: Int[Tensor, " docs+1"], n: int) -> Int[Tensor, " n"]:
+    "The number of each token's document; behind the last one, that of the last."
+    tokens = torch.arange(n, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens[1:], tokens, right=True).clamp(max=len(cu_seqlens) - 2)
+
+
+@dataclass(frozen=True)
+class Entry:
+    "What goes through the layers: padding has been left out at the door, and comes back at the exit."
+
+    x: Tensor  # [b, n, ...] or, packed, [1, tokens, ...]
+    key_padding_mask: Tensor | None = None  # for attention that keeps padding in its place
+    cu_seqlens: Tensor | None = None  # of packed documents
+    positions: Tensor | None = None  # of packed tokens in their documents, [1, tokens]
+    real: Tensor | None = None  # which of the packed are tokens, [tokens]; None: all
+    packing: Packing | None = None
+
+    @classmethod
+    def of(cls, x: Tensor, mask: Any, cache: Any, cu_seqlens: Any, layers: Iterable[Any]) -> "Entry":
+        "Raises `ValueError` or `TypeError` for a mask or documents that don't fit."
+        attentions = [layer.self_attn for layer in layers if hasattr(layer, "self_attn")]
+        if cu_seqlens is not None:
+            check_packed(mask, cache, attentions)
+            check_cu_seqlens("cu_seqlens", cu_seqlens, x)
+            ends = cu_seqlens.to(x.device)
+            tokens = torch.arange(x.shape[1], device=x.device)
+            positions = tokens - ends[documents_of(ends, x.shape[1])]
+            real = None if readable(cu_seqlens) else tokens < ends[-1]
+            return cls(x, None, ends, positions[None], real)
+        if mask is None:
+            return cls(x)
+        check_padding(mask, x)
+        if cache is not None:
+            advice = "rows of different lengths are read into caches of their own: JoinedCache, or generate"
+            raise ValueError(complaint("key_padding_mask", "be None with a cache", "a mask", advice))
+        if not all(takes_documents(attention.attention) for attention in attentions):
+            return cls(x.masked_fill(mask.view(*mask.shape, *[1] * (x.dim() - 2)), 0), mask)
+        packing = Packing.of(mask)
+        return cls(packing.unpad(x), None, packing.cu_seqlens, packing.positions, packing.real, packing)
+
+    def embedded(self, embedding: nn.Module) -> "Entry":
+        "With the embeddings of its tokens; one with a `context` is told where each stands, so as not to look beyond."
+        known = (
+            (self.x,) if self.positions is None or not getattr(embedding, "context", 0) else (self.x, self.positions)
+        )
+        return replace(self, x=embedding(*known))
+
+    def leave(self, x: Tensor) -> Tensor:
+        "`x` of all places, 0 at padding."
+        return x if self.packing is None else self.packing.pad(x)
+
 # %% ../nbs/12_longnet.ipynb #e5af6057
 class FeedForward(ConfiguredModule):
     "`fc2(LayerNorm(gelu(fc1(x))))`: each position on its own (MAGNETO, Wang et al. 2022, arXiv:2210.06423, figure 2)."
@@ -259,21 +317,26 @@ class LongNetLayer(ConfiguredModule):
         is_causal: bool = False,
         position: Rotation | None = None,
         cache: Callable[..., Tensor] | None = None,  # attends to earlier tokens as well: see decoding
+        cu_seqlens: Int[Tensor, " docs+1"] | None = None,  # where packed documents end, from 0 to n; batch 1
     ) -> Float[Tensor, "b n e"]:
-        said, _ = self.self_attn(
+        documents = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
+        attended, _ = self.self_attn(
             self.self_attn_layer_norm(x), key_padding_mask=key_padding_mask, is_causal=is_causal, position=position,
-            cache=cache,
+            cache=cache, **documents,
         )  # fmt: skip
-        x = x + self._dropped(said)
-        return x + self._dropped(self.ffn(self.final_layer_norm(x)))
+        x = x + self._dropped(attended, cu_seqlens)
+        return x + self._dropped(self.ffn(self.final_layer_norm(x)), cu_seqlens)
 
-    def _dropped(self, x: Tensor) -> Tensor:
+    def _dropped(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         "Dropout and, for each sample, the chance that nothing is added (Huang et al. 2016, arXiv:1603.09382)."
         x = F.dropout(x, self.config.dropout, self.training)
         if not self.training or self.drop_path == 0:
             return x
-        kept = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.drop_path
-        return x * kept / (1 - self.drop_path)
+        samples = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
+        stays = torch.rand(samples, 1, 1, device=x.device) >= self.drop_path
+        if cu_seqlens is not None:
+            stays = stays[documents_of(cu_seqlens, x.shape[1]), 0][None]
+        return x * stays / (1 - self.drop_path)
 
 # %% ../nbs/12_longnet.ipynb #cd7efe97
 def _check_cache(cache: Any, config: LongNetConfig, x: Tensor) -> None:
@@ -305,24 +368,22 @@ class LayerStack(ConfiguredModule):
         self.layers = nn.ModuleList(LongNetLayer(config, depth) for depth in range(config.num_layers))
         self.layer_norm = nn.LayerNorm(config.embed_dim, config.layer_norm_eps)
 
-    def _rotation(self, x: Tensor, is_causal: bool, cache: Any) -> Rotation | None:
-        "Of the positions of `x`, for all layers. Raises `RuntimeError` for a cache that an interruption left half way."
-        positions = torch.arange(x.shape[1], device=x.device) if cache is None else cache.positions(x.shape[1])
+    def _rotation(self, entry: Entry, is_causal: bool, cache: Any) -> Rotation | None:
+        "Of the positions, for all layers. Raises `RuntimeError` for a cache that an interruption left half way."
+        n, positions = entry.x.shape[1], entry.positions
+        if cache is not None:
+            positions = cache.positions(n)
+        elif positions is None:
+            positions = torch.arange(n, device=entry.x.device)
         if self.config.position == "none":
             return None
         if self.config.position == "xpos" and not is_causal:
             advice = "use 'rope' or 'none': xPos grows for keys to the right"
             raise ValueError(complaint("position", "not be 'xpos' without is_causal", "'xpos'", advice))
-        return make_rotation(positions, self.config, torch.promote_types(x.dtype, torch.float32))
+        return make_rotation(positions, self.config, torch.promote_types(entry.x.dtype, torch.float32))
 
-    def states(
-        self,
-        x: Float[Tensor, "b n e"],
-        key_padding_mask: Bool[Tensor, "b n"] | None = None,  # True is padding
-        is_causal: bool = False,
-        cache: Any = None,  # a `LongNetCache` of decoding: what earlier tokens left behind
-    ) -> Iterator[Float[Tensor, "b n e"]]:
-        "The stream before the first layer and after each, without the final LayerNorm."
+    def _entered(self, x: Any, key_padding_mask: Any, cache: Any, cu_seqlens: Any) -> Entry:
+        "`x`, checked, without its padding."
         if not isinstance(x, Tensor):
             raise TypeError(complaint("x", "be a tensor [batch, seq, embed_dim]", type(x).__name__, "pass a tensor"))
         if x.dim() != 3 or x.shape[2] != self.config.embed_dim or x.shape[0] == 0 or x.shape[1] == 0:
@@ -331,27 +392,51 @@ class LayerStack(ConfiguredModule):
         if is_plain(self.layer_norm, nn.LayerNorm):
             check_home("x", x, self.layer_norm.weight)
         _check_cache(cache, self.config, x)
-        position = self._rotation(x, is_causal, cache)
-        x = F.dropout(x, self.config.dropout, self.training)
+        return Entry.of(x, key_padding_mask, cache, cu_seqlens, self.layers)
+
+    def _states(self, entry: Entry, is_causal: bool, cache: Any) -> Iterator[Tensor]:
+        "The stream of what has entered."
+        position = self._rotation(entry, is_causal, cache)
+        x = F.dropout(entry.x, self.config.dropout, self.training)
         yield x
         recompute = self.config.activation_checkpointing and torch.is_grad_enabled()
+        documents = () if entry.cu_seqlens is None else (entry.cu_seqlens,)
         for i, layer in enumerate(self.layers):
-            given = (x, key_padding_mask, is_causal, position, None if cache is None else cache.layers[i])
-            x = checkpoint(layer, *given, use_reentrant=False) if recompute else layer(*given)
+            layer_cache = None if cache is None else cache.layers[i]
+            inputs = (x, entry.key_padding_mask, is_causal, position, layer_cache, *documents)
+            x = checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
             yield x
+
+    def states(
+        self,
+        x: Float[Tensor, "b n e"],
+        key_padding_mask: Bool[Tensor, "b n"] | None = None,  # True is padding: left out, and 0 in what comes back
+        is_causal: bool = False,
+        cache: Any = None,  # a `LongNetCache` of decoding: what earlier tokens left behind
+        cu_seqlens: Int[Tensor, " docs+1"] | None = None,  # where packed documents end, from 0 to n; batch 1
+        **others: Any,  # names of other libraries: refused, with a hint
+    ) -> Iterator[Float[Tensor, "b n e"]]:
+        "The stream before the first layer and after each, without the final LayerNorm."
+        refuse_names(LayerStack.states, others)
+        entry = self._entered(x, key_padding_mask, cache, cu_seqlens)
+        for state in self._states(entry, is_causal, cache):
+            yield entry.leave(state)
 
     def forward(
         self,
         x: Float[Tensor, "b n e"],
-        key_padding_mask: Bool[Tensor, "b n"] | None = None,  # True is padding
+        key_padding_mask: Bool[Tensor, "b n"] | None = None,  # True is padding: left out, and 0 in what comes back
         is_causal: bool = False,
         cache: Any = None,  # a `LongNetCache`
+        cu_seqlens: Int[Tensor, " docs+1"] | None = None,  # where packed documents end, from 0 to n; batch 1
+        **others: Any,  # names of other libraries: refused, with a hint
     ) -> Float[Tensor, "b n e"]:
         "Raises `ValueError` for xPos without `is_causal`."
-        for state in self.states(x, key_padding_mask, is_causal, cache):
+        refuse_names(LayerStack.forward, others)
+        entry = self._entered(x, key_padding_mask, cache, cu_seqlens)
+        for state in self._states(entry, is_causal, cache):
             last = state
-        out: Tensor = self.layer_norm(last)
-        return out
+        return entry.leave(self.layer_norm(last))
 
 # %% ../nbs/12_longnet.ipynb #3c3ef8f0
 _LOGITS = 2**22  # computed at a time: 16 MiB in float32
@@ -450,7 +535,7 @@ def token_losses(
     Raises `ValueError` for targets or a weight of another shape, `TypeError` for targets that are no integers.
     """
     if targets.dtype not in _INTEGERS:
-        raise TypeError(complaint("targets", "be of a type of integers", targets.dtype, "convert them with .long()"))
+        raise TypeError(complaint("targets", "be int64 or other integers", targets.dtype, "convert them with .long()"))
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         got, advice = f"{tuple(weight.shape)} for x {tuple(x.shape)}", "it is the head's, [vocab, width]"
         raise ValueError(complaint("weight", "have a row of x's width for each token", got, advice))
@@ -467,6 +552,14 @@ def token_losses(
     else:
         losses = losses_op(rows, weight, wanted, ignore_index)[0]
     return losses.view(targets.shape)
+
+
+def _transformed(*tensors: Tensor) -> bool:
+    "Whether torch.func or forward-mode differentiation is at work, for which plain operations are written out."
+    if torch.compiler.is_compiling():
+        return False
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return any(wrapped(x) or unpack_dual(x).tangent is not None for x in tensors)
 
 
 def _transformed(*tensors: Tensor) -> bool:
@@ -498,19 +591,24 @@ def called_losses(
     return torch.cat([checkpoint(losses, *part, use_reentrant=False) for part in parts]).view(targets.shape)
 
 # %% ../nbs/12_longnet.ipynb #9090201e
-def check_tokens(name: str, x: Any, vocab_size: int, ignored: int | None = None) -> Int[Tensor, "b n"]:
-    """Token numbers `[batch, seq]`, of any type of integers, or `ignored`, as int64.
+def check_tokens(
+    name: str, x: Any, vocab_size: int, ignored: int | None = None, padding: Any = None
+) -> Int[Tensor, "b n"]:
+    """Token numbers `[batch, seq]`, of any type of integers, or `ignored`, as int64; at padding `ignored` or 0.
 
     The numbers themselves are looked at on the CPU, where they are `readable`: elsewhere that would take time.
     """
     if not isinstance(x, Tensor):
         raise TypeError(complaint(name, "be a tensor of tokens [batch, seq]", type(x).__name__, "use torch.tensor"))
     if x.dtype not in _INTEGERS:
-        raise TypeError(complaint(name, "be of a type of integers", x.dtype, "convert it with .long()"))
+        raise TypeError(complaint(name, "be int64 or other integers", x.dtype, "convert it with .long()"))
     if x.dim() != 2 or x.shape[0] == 0 or x.shape[1] == 0:
         rule = "have shape [batch, seq], neither 0"
         raise ValueError(complaint(name, rule, tuple(x.shape), "add the batch with [None]"))
     x = x.long()
+    if padding is not None:
+        check_padding(padding, x)
+        x = x.masked_fill(padding, 0 if ignored is None else ignored)
     if x.device.type == "cpu" and readable(x):
         low, high = (int(end) for end in (x if ignored is None else x.where(x != ignored, 0)).aminmax())
         if low < 0 or high >= vocab_size:
@@ -519,7 +617,7 @@ def check_tokens(name: str, x: Any, vocab_size: int, ignored: int | None = None)
     return x
 
 
-@lru_cache(maxsize=None)
+@lru_cache(maxsize=1024)
 def _twin_class(cls: type[nn.Module]) -> type[nn.Module]:
     "A `cls` that shares everything with a module of that class, except that it evaluates, and its children too."
 
@@ -585,47 +683,6 @@ def head_losses(
         return token_losses(x, source.weight, targets)
     return called_losses(x, logits, targets, vocab_size)
 
-
-_HINTS = {
-    "input_ids": "the tokens come first: model(tokens)",
-    "inputs_embeds": "embeddings go through a LongNetEncoder",
-    "labels": "pass targets=: for each token the one that follows, tokens[:, 1:]; nothing is shifted here",
-    "attention_mask": "pass key_padding_mask=attention_mask == 0: True is padding",
-    "mask": "pass key_padding_mask=, True for padding; LongNet is causal, an encoder takes is_causal=",
-    "src_key_padding_mask": "pass key_padding_mask=, True for padding",
-    "encoder_padding_mask": "pass key_padding_mask=, True for padding",
-    "attn_mask": "pass is_causal=True or key_padding_mask=; other masks are no dilated attention",
-    "position_ids": "positions are counted here; packed documents are told by cu_seqlens=",
-    "token_type_ids": "there are none here; leave them out",
-    "past_key_values": "pass cache=LongNetCache(model.config, batch_size)",
-    "use_cache": "pass cache=LongNetCache(model.config, batch_size); model.generate makes its own",
-    "logits_to_keep": "pass last=",
-    "return_dict": "a tensor comes back; leave it out",
-    "output_hidden_states": "an encoder's states(x) gives them one by one",
-    "output_attentions": "no weights are ever computed; attention_rollout and need_weights=True are the nearest",
-    "max_length": "pass max_new_tokens, which doesn't count the prompt",
-    "max_tokens": "pass max_new_tokens",
-    "min_new_tokens": "there is no such limit here; draw longer and cut",
-    "do_sample": "pass temperature=0 for the most probable token, above 0 to draw",
-    "num_beams": "there is no beam search here; temperature=0 takes the most probable token",
-    "num_return_sequences": "repeat the prompt: prompt.expand(count, -1)",
-    "eos_token_id": "pass stop=",
-    "stop_token_ids": "pass stop=",
-    "pad_token_id": "pass key_padding_mask=, True for padding; rows that ended repeat their last token",
-    "bos_token_id": "put it in front of the prompt",
-    "streamer": "pass stream=True and iterate over what comes back",
-    "generator": "pass seed=",
-    "repetition_penalty": "there is none here; draw from model(tokens, cache=cache) yourself",
-    "generation_config": "pass temperature=, top_k=, top_p=, stop= themselves",
-}
-
-
-def refuse_names(where: str, names: Collection[str], hints: Mapping[str, str] = _HINTS) -> None:
-    "A `TypeError` if there are any, with what to use here instead."
-    for name in names:
-        advice = hints.get(name, "see its signature")
-        raise TypeError(f"{where} takes no argument {name!r}; {advice}")
-
 # %% ../nbs/12_longnet.ipynb #911ead85
 class LongNet(ConfiguredModule):
     """A causal language model with dilated attention: LongNet, Ding et al. 2023, arXiv:2307.02486.
@@ -663,29 +720,47 @@ class LongNet(ConfiguredModule):
         key_padding_mask: Bool[Tensor, "b n"] | None = None,  # True is padding, left out of the loss too
         reduction: str = "mean",  # over the targets that count; or "none"
         cache: Any = None,  # a `LongNetCache` of decoding: the tokens follow those that it has read
+        cu_seqlens: Int[Tensor, " docs+1"] | None = None,  # where packed documents end, from 0 to n; batch 1
         last: int | None = None,  # logits of so many last tokens alone; None: of all
-        **others: Any,  # names of other libraries: a TypeError that says what to use
+        **others: Any,  # names of other libraries: refused, with a hint
     ) -> Float[Tensor, "b n vocab"] | Float[Tensor, ""] | Float[Tensor, "b n"]:
         """Logits or, with targets, the loss in nats, computed without ever holding all logits.
 
-        Raises `ValueError` or `TypeError` naming the argument.
+        Padding is left out, on whatever side, and its logits and losses are 0. Raises `ValueError` or `TypeError`.
         """
-        refuse_names("LongNet", others)
+        refuse_names(LongNet.forward, others)
         check_choice("reduction", reduction, ("mean", "none"))
-        x = self.hidden(tokens, key_padding_mask, cache)
-        if targets is None:
-            return self.logits(x if last is None else x[:, -check_int("last", last) :])
+        entry = self._entered(tokens, key_padding_mask, cache, cu_seqlens)
+        x = self._hidden(entry, cache)
         if last is not None:
-            raise ValueError(complaint("last", "be None with targets", last, "ignore targets with -100"))
-        targets = check_tokens("targets", targets, self._targets_below(), -100)
-        check_home("targets", targets, x)
-        if targets.shape[0] != tokens.shape[0] or targets.shape[1] != tokens.shape[1]:
+            if targets is not None or entry.cu_seqlens is not None:
+                got = f"{last} with targets, padding or documents"
+                raise ValueError(complaint("last", "be None there", got, "take rows of what comes back"))
+            x = x[:, -check_int("last", last) :]
+        if targets is None:
+            return entry.leave(self.logits(x))
+        targets = self._wanted(entry, tokens, targets, key_padding_mask)
+        losses = self.losses(x, targets)
+        return entry.leave(losses) if reduction == "none" else losses.sum() / (targets != -100).sum().clamp(min=1)
+
+    def _entered(self, tokens: Any, key_padding_mask: Any, cache: Any, cu_seqlens: Any) -> Entry:
+        "Tokens, checked, without their padding."
+        tokens = check_tokens("tokens", tokens, self.vocab_size, padding=key_padding_mask)
+        if (weight := next(self.embed_tokens.parameters(), None)) is not None:
+            check_home("tokens", tokens, weight)
+        _check_cache(cache, self.config, tokens)
+        return Entry.of(tokens, key_padding_mask, cache, cu_seqlens, self.decoder.layers)
+
+    def _wanted(self, entry: Entry, tokens: Tensor, targets: Any, key_padding_mask: Any) -> Int[Tensor, "b n"]:
+        "Targets, checked, without padding; -100 where there is no token."
+        if isinstance(targets, Tensor) and targets.shape != tokens.shape:
             rule = f"have the shape of tokens {tuple(tokens.shape)}"
             raise ValueError(complaint("targets", rule, tuple(targets.shape), "they are the tokens, shifted by one"))
-        if key_padding_mask is not None:
-            targets = targets.masked_fill(key_padding_mask, -100)
-        losses = self.losses(x, targets)
-        return losses if reduction == "none" else losses.sum() / (targets != -100).sum().clamp(min=1)
+        targets = check_tokens("targets", targets, self._targets_below(), -100, key_padding_mask)
+        check_home("targets", targets, entry.x)
+        if entry.packing is not None:
+            targets = entry.packing.unpad(targets)
+        return targets if entry.real is None else targets.where(entry.real, -100)
 
     def _targets_below(self) -> int:
         return int(getattr(self.output_projection, "out_features", self.vocab_size))
@@ -701,15 +776,20 @@ class LongNet(ConfiguredModule):
         return head_losses(x, head, table, targets, self._targets_below())
 
     def hidden(
-        self, tokens: Int[Tensor, "b n"], key_padding_mask: Bool[Tensor, "b n"] | None = None, cache: Any = None
+        self,
+        tokens: Int[Tensor, "b n"],
+        key_padding_mask: Bool[Tensor, "b n"] | None = None,
+        cache: Any = None,
+        cu_seqlens: Int[Tensor, " docs+1"] | None = None,
     ) -> Float[Tensor, "b n e"]:
         "What the head reads: of every token, or of those that follow what the cache has read. Raises as `forward`."
-        tokens = check_tokens("tokens", tokens, self.vocab_size)
-        if (weight := next(self.embed_tokens.parameters(), None)) is not None:
-            check_home("tokens", tokens, weight)
-        _check_cache(cache, self.config, tokens)
-        x = self.embed_tokens(tokens) if cache is None else cache.embed(self.embed_tokens, tokens)
-        states: Tensor = self.decoder(x * self.config.embed_dim**0.5, key_padding_mask, True, cache)
+        entry = self._entered(tokens, key_padding_mask, cache, cu_seqlens)
+        return entry.leave(self._hidden(entry, cache))
+
+    def _hidden(self, entry: Entry, cache: Any) -> Tensor:
+        embed, documents = self.embed_tokens, () if entry.cu_seqlens is None else (entry.cu_seqlens,)
+        x = entry.embedded(embed).x if cache is None else cache.embed(embed, entry.x)
+        states: Tensor = self.decoder(x * self.config.embed_dim**0.5, entry.key_padding_mask, True, cache, *documents)
         return states
 
     def generate(self, *args: Any, **options: Any) -> Any:
@@ -718,33 +798,36 @@ class LongNet(ConfiguredModule):
 
 # %% ../nbs/12_longnet.ipynb #ada8acfa
 class LongNetEncoder(LayerStack):
-    "A `LayerStack` over embeddings or, if the config has a `vocab_size`, tokens as well."
+    """A `LayerStack` over embeddings or, if the config has a `vocab_size`, tokens as well.
+
+    Raises `ValueError` for xPos, which knows one direction only.
+    """
 
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__(config)
+        if config.position == "xpos":
+            advice = "xPos grows for keys to the right; a causal stack is a LayerStack or a LongNet"
+            raise ValueError(complaint("position", "be 'rope' or 'none' in an encoder", "'xpos'", advice))
         self.embed_tokens = None if config.vocab_size is None else _embedding(config.vocab_size, config.embed_dim)
 
-    def states(
-        self,
-        x: Float[Tensor, "b n e"] | Int[Tensor, "b n"],
-        key_padding_mask: Bool[Tensor, "b n"] | None = None,  # True is padding
-        is_causal: bool = False,
-        cache: Any = None,  # a `LongNetCache`
-    ) -> Iterator[Float[Tensor, "b n e"]]:
-        "The stream before the first layer and after each. Raises `ValueError` or `TypeError` for another input."
+    def _entered(self, x: Any, key_padding_mask: Any, cache: Any, cu_seqlens: Any) -> Entry:
+        "Embeddings, or those of tokens, checked, without their padding. Raises `ValueError` or `TypeError`."
         if isinstance(x, Tensor) and not x.is_floating_point() and self.embed_tokens is not None:
-            x = check_tokens("x", x, getattr(self.embed_tokens, "num_embeddings", self.config.vocab_size))
-            x = self.embed_tokens(x) * self.config.embed_dim**0.5
+            size = getattr(self.embed_tokens, "num_embeddings", self.config.vocab_size)
+            x = check_tokens("x", x, size, padding=key_padding_mask)
+            _check_cache(cache, self.config, x)
+            entry = Entry.of(x, key_padding_mask, cache, cu_seqlens, self.layers).embedded(self.embed_tokens)
+            return replace(entry, x=entry.x * self.config.embed_dim**0.5)
         if not isinstance(x, Tensor) or not x.is_floating_point():
             got = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(complaint("x", "be embeddings [batch, seq, embed_dim]", got, "vocab_size allows tokens"))
-        yield from super().states(x, key_padding_mask, is_causal, cache)
+        return super()._entered(x, key_padding_mask, cache, cu_seqlens)
 
 # %% ../nbs/12_longnet.ipynb #de183bd7
 def parameter_counts(config: LongNetConfig) -> dict[str, int]:
     "Numbers in the parameters of a `LongNet` (of a `LongNetEncoder` without `vocab_size`), by part and in total."
     with torch.device("meta"):
-        model = LongNetEncoder(config) if config.vocab_size is None else LongNet(config)
+        model = LayerStack(config) if config.vocab_size is None else LongNet(config)
     counts = dict.fromkeys(("embeddings", "attention", "feed-forward", "norms"), 0)
     for name, parameter in model.named_parameters():
         outer = "embed" in name or "output" in name

@@ -8,15 +8,16 @@ __all__ = ['ATTENTIONS', 'CONFIGS', 'KINDS', 'LONGEST_WEIGHTS', 'resolve_kind', 
 
 # %% ../nbs/11_multihead.ipynb #b252951d
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 from functools import partial
+from inspect import signature
 from typing import Any, TypeVar
 from weakref import ref
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
@@ -109,7 +110,7 @@ def create_dilated_attention(
 
 # %% ../nbs/11_multihead.ipynb #7832005d
 def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
-    "Whether calling it is what its `kind` does with its parameters: no subclass, adapter, other tensors, hook or patch."
+    "Whether calling it is what its `kind` does with its parameters: no subclass, other tensors, hook or patch."
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     if getattr(type(module), "twin_of", type(module)) is not kind or type(module.weight) not in (nn.Parameter, Tensor):
         return False
@@ -125,6 +126,72 @@ def project(x: Float[Tensor, "b n e"], *projections: nn.Module) -> tuple[Tensor,
     bias = None if biases[0] is None else torch.cat(biases)
     views: tuple[Tensor, ...] = F.linear(x, torch.cat(weights), bias).split([len(w) for w in weights], -1)
     return views
+
+# %% ../nbs/11_multihead.ipynb #7832005e
+HINTS = {  # names of other libraries, and what to use here
+    "input_ids": "the tokens come first: model(tokens)",
+    "inputs_embeds": "embeddings go through a LongNetEncoder",
+    "labels": "pass targets=: for each token the one that follows, tokens[:, 1:]; nothing is shifted here",
+    "attention_mask": "pass key_padding_mask=attention_mask == 0: True is padding",
+    "padding_mask": "pass key_padding_mask=: True is padding",
+    "src_key_padding_mask": "pass key_padding_mask=: True is padding",
+    "encoder_padding_mask": "pass key_padding_mask=: True is padding",
+    "attn_mask": "pass is_causal=True or key_padding_mask=: other masks are no dilated attention",
+    "mask": "pass is_causal=True or key_padding_mask=: other masks are no dilated attention",
+    "causal": "pass is_causal=",
+    "position_ids": "positions are counted here, in packed documents from cu_seqlens= on",
+    "cu_seqlens_q": "pass cu_seqlens=, of queries and keys alike",
+    "cu_seqlens_k": "pass cu_seqlens=, of queries and keys alike",
+    "max_seqlen": "leave it out: cu_seqlens= tells the lengths",
+    "token_type_ids": "there are none here; leave them out",
+    "past_key_values": "pass cache=LongNetCache(model.config, batch_size)",
+    "use_cache": "pass cache=LongNetCache(model.config, batch_size); generate makes its own",
+    "logits_to_keep": "pass last=",
+    "return_dict": "a tensor comes back; leave it out",
+    "output_hidden_states": "an encoder's states(x) gives them one by one",
+    "output_attentions": "weights are never stored; a multi-head layer gives them with need_weights=True",
+    "max_length": "pass max_new_tokens=, which doesn't count the prompt",
+    "max_tokens": "pass max_new_tokens=",
+    "min_new_tokens": "there is no such limit here",
+    "do_sample": "pass temperature=0 for the most probable token, above 0 to draw",
+    "num_beams": "there is no beam search here; temperature=0 takes the most probable token",
+    "num_return_sequences": "repeat the prompt: prompt.expand(count, -1)",
+    "eos_token_id": "pass stop=",
+    "stop_token_ids": "pass stop=",
+    "stop_strings": "pass stop= with tokens",
+    "pad_token_id": "pass key_padding_mask=: True is padding",
+    "bos_token_id": "put it in front of the prompt",
+    "streamer": "pass stream=True and iterate over what comes back",
+    "generator": "pass seed=",
+    "repetition_penalty": "there is none here; draw from model(tokens, cache=cache) yourself",
+    "generation_config": "pass temperature=, top_k=, top_p= and stop= themselves",
+}
+
+
+def refuse_names(where: Any, names: Mapping[str, Any]) -> None:
+    "A `TypeError` if there are arguments by other names, with what to use instead of the first."
+    for name in names:
+        known = tuple(key for key in signature(where).parameters if key not in ("self", "others"))
+        advice = HINTS.get(name) or hint(name, known)
+        raise TypeError(f"{where.__qualname__} has no argument {name!r}; {advice}")
+
+
+def takes_documents(attention: Any) -> bool:
+    "Whether it attends to packed documents, so that padding can be left out; rings and other kinds take masks."
+    return isinstance(getattr(attention, "_orig_mod", attention), (DilatedAttention, ImprovedDilatedAttention))
+
+
+def check_packed(key_padding_mask: Any, cache: Any, layers: Iterable[Any]) -> None:
+    "Raises `ValueError` for what packed documents can't go with: padding, a cache, or attention of another kind."
+    for name, other in (("key_padding_mask", key_padding_mask), ("cache", cache)):
+        if other is not None:
+            advice = "packed documents have no padding" if cache is None else "read each document into its own cache"
+            raise ValueError(complaint(name, "be None beside cu_seqlens", type(other).__name__, advice))
+    for layer in layers:
+        if not takes_documents(layer.attention):
+            got = f"documents for {type(layer.attention).__name__}"
+            advice = "rings and other kinds take one sequence; call them for each document"
+            raise ValueError(complaint("cu_seqlens", "be None", got, advice))
 
 # %% ../nbs/11_multihead.ipynb #6a1d5589
 @torch.no_grad()
@@ -166,8 +233,8 @@ def attention_weights(
         raise ValueError(complaint("need_weights", rule, f"True for {nk}", "ask for a shorter piece"))
     units = torch.eye(nk, -(-nk // d) * d, dtype=q.dtype, device=q.device)
     values = (part[None, :, None].expand(b, -1, heads, -1) for part in units.split(d, 1))
-    found = [attention(q, k, v, is_causal=is_causal, key_padding_mask=key_padding_mask) for v in values]
-    return torch.cat(found, -1)[..., :nk].transpose(1, 2)
+    rows = [attention(q, k, v, is_causal=is_causal, key_padding_mask=key_padding_mask) for v in values]
+    return torch.cat(rows, -1)[..., :nk].transpose(1, 2)
 
 
 class MultiheadDilatedAttention(ConfiguredModule):
@@ -222,41 +289,51 @@ class MultiheadDilatedAttention(ConfiguredModule):
         average_attn_weights: bool = True,  # over the heads
         position: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,  # of q and k, once projected
         cache: Callable[..., Tensor] | None = None,  # attends instead, and remembers: see decoding
+        cu_seqlens: Int[Tensor, " docs+1"] | None = None,  # where packed documents end, from 0 to n; batch 1
+        **others: Any,  # names of other libraries: refused, with a hint
     ) -> tuple[Float[Tensor, "b nq e"], Tensor | None]:
         """Output and None or, with `need_weights`, weights `[b, nq, nk]` (`[b, h, nq, nk]` if not averaged).
 
-        Queries are the last `nq` of `nk` positions. With groups mixing a row of weights adds up to 1/G, as the
-        output is divided by G. Raises `ValueError` or `TypeError` naming the argument.
+        Queries are the last `nq` of `nk` positions. Padding keeps its place, as in `nn.MultiheadAttention`; models leave
+        it out. With groups mixing a row of weights adds up to 1/G, as the output is divided by G. Raises `ValueError`
+        or `TypeError` naming the argument.
         """
+        refuse_names(MultiheadDilatedAttention.forward, others)
         key = query if key is None else key
         value = key if value is None else value
         inputs = ("query", query, self.q_proj), ("key", key, self.k_proj), ("value", value, self.v_proj)
         for name, x, projection in inputs:
             self._check_input(name, x, projection)
-        others: dict[str, Any] = {"position": position, "cache": cache}
-        for name, given in others.items():
-            if given is not None and not callable(given):
+        callables: dict[str, Any] = {"position": position, "cache": cache}
+        for name, called in callables.items():
+            if called is not None and not callable(called):
                 advice = "a Rotation of longnet, a KVCache or DilatedKVCache can be"
-                raise TypeError(complaint(name, "be None or callable", type(given).__name__, advice))
+                raise TypeError(complaint(name, "be None or callable", type(called).__name__, advice))
+        self._check_weights(check_flag("need_weights", need_weights), cache)
+        if cu_seqlens is not None:
+            check_packed(key_padding_mask, cache, [self])
         flat = self._project(query, key, value, position is not None)
         q, k, v = (x.unflatten(-1, (-1, self.config.head_dim)) for x in flat)
         if position is not None:
             q, k = position(q, k)
-        attend = self.attention if cache is None else cache
+        attend: Callable[..., Tensor] = self.attention if cache is None else cache
+        attend = attend if cu_seqlens is None else partial(attend, cu_seqlens=cu_seqlens)
         out = attend(q, k, v, is_causal=is_causal, key_padding_mask=key_padding_mask).flatten(2)
         out = F.dropout(out, self.attention_config.dropout, self.training)
         if self.inner_attn_ln is not None:
             out = self.inner_attn_ln(out)
-        if not check_flag("need_weights", need_weights):
+        if not need_weights:
             return self.out_proj(out), None
-        if cache is not None:
-            raise ValueError(complaint("need_weights", "be False with a cache", True, "pass the sequence in one piece"))
-        if isinstance(self.attention, RingLayer) and self.attention.ring().size > 1:
-            rule = "be False on a ring of several ranks"
-            raise ValueError(complaint("need_weights", rule, True, "gather the sequence and ask one device"))
-        weights = attention_weights(self.attention, q, k, is_causal, key_padding_mask)
+        weights = attention_weights(attend, q, k, is_causal, key_padding_mask)
         averaged = check_flag("average_attn_weights", average_attn_weights)
         return self.out_proj(out), weights.mean(1) if averaged else weights
+
+    def _check_weights(self, wanted: bool, cache: Any) -> None:
+        if wanted and cache is not None:
+            raise ValueError(complaint("need_weights", "be False with a cache", True, "pass the sequence in one piece"))
+        if wanted and isinstance(self.attention, RingLayer) and self.attention.ring().size > 1:
+            rule = "be False on a ring of several ranks"
+            raise ValueError(complaint("need_weights", rule, True, "gather the sequence and ask one device"))
 
     def _check_input(self, name: str, x: Any, projection: nn.Module) -> None:
         width = self.config.embed_dim
