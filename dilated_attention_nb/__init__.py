@@ -291,6 +291,7 @@ if TYPE_CHECKING:
         GigaPathSlideEncoder as GigaPathSlideEncoder,
         attention_rollout as attention_rollout,
         position_codes as position_codes,
+        slide_segment_lengths as slide_segment_lengths,
         tile_cells as tile_cells,
     )
     from dilated_attention_nb import pretrained as pretrained
@@ -662,6 +663,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "GigaPathSlideEncoder",
         "attention_rollout",
         "position_codes",
+        "slide_segment_lengths",
         "tile_cells",
     ),
     "pretrained": (
@@ -1036,6 +1038,7 @@ __all__ = [
     "shown",
     "simulate_ring",
     "single_losses",
+    "slide_segment_lengths",
     "smoothed",
     "spawn_gloo",
     "stage_layers",

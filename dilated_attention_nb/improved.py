@@ -9,7 +9,8 @@ __all__ = ['dilated_attention', 'ImprovedDilatedAttention', 'Packing']
 import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import inf, lcm
+from functools import cached_property, lru_cache
+from math import inf, lcm, prod
 from typing import Any
 
 import torch
@@ -62,14 +63,16 @@ class Workspace:
 
     def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         "A tensor with any content. What was asked for under this name before must not be in use any more."
-        size = torch.Size(shape).numel()
+        size = prod(shape)
+        if size < 2**16:  # two views of a buffer would cost more
+            return torch.empty(shape, dtype=dtype, device=self.device)
         buffer = self.buffers.get((name, dtype))
         if buffer is None or buffer.numel() < size:
             buffer = self.buffers[name, dtype] = torch.empty(size, dtype=dtype, device=self.device)
         return buffer[:size].view(shape)
 
 # %% ../nbs/07_improved.ipynb #92e07129
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Series:
     "Pieces of one tile whose heads and offsets grow by the same steps, so that one view of any layout holds them all."
 
@@ -80,11 +83,25 @@ class Series:
     head_step: int = 0  # at least 0, as is the next: torch has no negative strides
     offset_step: int = 0
 
-    def view(self, x: Tensor) -> Tensor:
-        "The tokens of the pieces in `x` `[b, n, h, ...]`, as a view `[pieces, b, segments, count, heads, ...]`."
-        one = self.grid.view(x[:, :, self.heads])
-        step = self.head_step * x.stride(2) + self.offset_step * x.stride(1)
-        return one.as_strided((self.pieces, *one.shape), (step, *one.stride()), one.storage_offset())
+    @cached_property
+    def size(self) -> tuple[int, int, int, int]:
+        "Segments, tokens in each, pieces, heads of a piece."
+        heads = len(range(self.heads.start, self.heads.stop, self.heads.step))
+        return self.grid.segments, self.grid.count, self.pieces, heads
+
+    def view(self, x: Tensor, serving: bool = False) -> Tensor:
+        """The tokens of the pieces in `x` `[b, n, h, ...]`, as a view `[b, segments, count, pieces, heads, ...]`.
+
+        With `serving` a key/value head stands there once for each query head that it serves.
+        """
+        grid, (segments, count, pieces, heads) = self.grid, self.size
+        batch, token, head, *rest = x.stride()
+        piece, inner = self.head_step * head + self.offset_step * token, (self.heads.step or 1) * head
+        if serving and heads < self.serves:
+            heads, inner = self.serves, 0
+        first = x.storage_offset() + (grid.start + grid.offset) * token + self.heads.start * head
+        strides = batch, grid.segment_length * token, grid.rate * token, piece, inner, *rest
+        return x.as_strided((x.shape[0], segments, count, pieces, heads, *x.shape[3:]), strides, first)
 
     def piece(self, at: int) -> "Series":
         "One of the pieces alone."
@@ -93,15 +110,19 @@ class Series:
         return Series(heads, replace(grid, offset=grid.offset + step), self.serves)
 
     def within(self, low: int, high: int) -> Iterator[tuple[slice, slice, slice, "Series"]]:
-        "What lies in tokens `low` to `high`: `(pieces, segments, rows, series counted from low)`."
-        cuts = list(self.grid.within(low, high))
+        "What lies in tokens `low` to `high`: `(segments, rows, pieces, series counted from low)`."
+        every, grid = slice(None), self.grid
+        if low == 0 and grid.start + grid.segments * grid.segment_length <= high:
+            yield every, every, every, self
+            return
+        cuts = list(grid.within(low, high))
         ends = list(self.piece(self.pieces - 1).grid.within(low, high))
         if [cut[:2] for cut in cuts] == [end[:2] for end in ends]:
-            yield from ((slice(None), *cut[:2], replace(self, grid=cut[2])) for cut in cuts)
+            yield from ((*cut[:2], every, replace(self, grid=cut[2])) for cut in cuts)
             return
         for at in range(self.pieces):
             one = self.piece(at)
-            yield from ((slice(at, at + 1), *cut[:2], replace(one, grid=cut[2])) for cut in one.grid.within(low, high))
+            yield from ((*cut[:2], slice(at, at + 1), replace(one, grid=cut[2])) for cut in one.grid.within(low, high))
 
 
 def series(places: list[tuple[slice, Grid, int]]) -> list[Series]:
@@ -136,16 +157,15 @@ def gather(space: Workspace, name: str, x: Tensor, side: list[Series], copy: boo
     A view if `copy` is False and strides describe them, else a copy, heads outermost, in the workspace. A key/value
     head that serves several query heads is repeated.
     """
-    views = [one.view(x).movedim(0, 3) for one in side]  # [b, segments, count, pieces, heads, ...]
-    views = [y.expand(*y.shape[:4], one.serves, *y.shape[5:]) for one, y in zip(side, views)]
-    y = views[0]
+    views = [one.view(x, True) for one in side]  # [b, segments, count, pieces, heads, ...]
+    (b, segments, count), y = views[0].shape[:3], views[0]
     if len(views) == 1 and not copy and _even(y, 0) and _even(y, 3):
         return y.flatten(3, 4).flatten(0, 1)
     heads = [one.pieces * one.serves for one in side]
-    buffer = space(name, (*y.shape[:2], sum(heads), y.shape[2], *x.shape[3:]), x.dtype)
-    for y, part in zip(views, buffer.split(heads, 2)):
-        part.unflatten(2, y.shape[3:5]).copy_(y.movedim(2, 4))
-    return buffer.flatten(0, 1).transpose(1, 2)
+    buffer = space(name, (b, segments, sum(heads), count, *x.shape[3:]), x.dtype)
+    for one, y, part in zip(side, views, buffer.split(heads, 2) if len(views) > 1 else (buffer,)):
+        part.view(b, segments, one.pieces, one.serves, count, *x.shape[3:]).copy_(y.movedim(2, 4))
+    return buffer.view(b * segments, sum(heads), count, *x.shape[3:]).transpose(1, 2)
 
 
 def _even(x: Tensor, dim: int) -> bool:
@@ -155,8 +175,9 @@ def _even(x: Tensor, dim: int) -> bool:
 
 def scatter(result: Tensor, target: Tensor, side: list[Series]) -> Iterator[tuple[Tensor, Tensor]]:
     "Pairs of views, of what `gather` would have read from `target` and of the matching part of `result`."
-    parts = result.unflatten(0, (target.shape[0], -1)).split([one.pieces * one.serves for one in side], 3)
-    return ((one.view(target), y.unflatten(3, (one.pieces, -1)).movedim(3, 0)) for one, y in zip(side, parts))
+    b, count, rest = target.shape[0], result.shape[1], result.shape[3:]
+    parts = result.split([one.pieces * one.serves for one in side], 2) if len(side) > 1 else (result,)
+    return ((one.view(target), y.view(b, -1, count, one.pieces, one.serves, *rest)) for one, y in zip(side, parts))
 
 # %% ../nbs/07_improved.ipynb #cfa8280a
 def portion_size(q: Tensor, backward: bool) -> int:
@@ -181,15 +202,6 @@ def portions(
             high = min(low + step, nk)
             rows = slice(max(low - past, 0), high - past), slice(first * repeat, last * repeat)
             yield (first, last), rows, (slice(low, high), slice(first, last))
-
-
-def tile_parts(size: int, tile: Tile, q: Tensor, masked: bool) -> Iterator[Tile]:
-    "The tile in parts that gather about one portion; with a padding mask one offset at a time: it sees other keys."
-    room = size // 4  # what a copy may take
-    shares = [q.shape[0] * tile.segments * p.num_heads % torch.get_num_threads() for p in tile.pieces]
-    apart = masked or (q.device.type == "cpu" and q.element_size() <= 2 and not any(shares))
-    for one in (replace(tile, pieces=(p,)) for p in tile.pieces) if apart else (tile,):
-        yield from one.split(max(1, room // (q.shape[0] * one.num_heads * max(one.size) * q.shape[3])))
 
 # %% ../nbs/07_improved.ipynb #a5f5cab3
 @dataclass(frozen=True)
@@ -218,71 +230,100 @@ class Options:
         "Segment lengths and dilation rates."
         return self.segment_lengths, self.dilation_rates
 
-    def plan(self, q: Tensor, k: Tensor, first: int, last: int, nq: int, nk: int) -> tuple[Tile, ...]:
-        "The tiles of a portion of `nq` queries, `nk` keys and some key/value heads."
-        ws, rs = clipped(self.segment_lengths, k.shape[1]), self.dilation_rates
-        return tiles(nq, nk, q.shape[2], k.shape[2], ws, rs, self.mixing, self.offsets, self.zeros, first, last)
+    def plan(self, q: Tensor, k: Tensor, masked: bool, first: int, last: int, nq: int, nk: int) -> "Plan":
+        "What to compute for a portion of `nq` queries, `nk` keys and some key/value heads."
+        ws, half = clipped(self.segment_lengths, k.shape[1]), q.device.type == "cpu" and q.element_size() <= 2
+        branches = ws, self.dilation_rates, self.mixing, self.offsets, self.zeros
+        room = self.portion // (4 * q.shape[0] * q.shape[3])  # rows of heads that a copy may take
+        threads = 1 if masked else torch.get_num_threads() if half else 0
+        return plan_portion(nq, nk, q.shape[2], k.shape[2], *branches, first, last, room, q.shape[0], threads)
 
 
-def _covers(tile: Tile, heads: int, q: Tensor) -> bool:
-    "Whether the tile reaches every query of every one of so many heads."
-    first = tile.pieces[0].queries
-    return first.rate == 1 and tile.num_heads == heads and tile.segments * first.count == q.shape[1]
+@dataclass(frozen=True, eq=False)
+class Part:
+    "What one call of a kernel computes, and where its queries and its keys lie."
+
+    rows: list[Series]
+    keys: list[Series]
+    zeros: int  # zero keys that enter each row
+    first: bool  # of the plan's first tile
+
+    def padding(self, mask: Tensor | None) -> Tensor | None:
+        "The padding mask of its keys."
+        return None if mask is None else self.keys[0].grid.view(mask).flatten(0, 1)
 
 
-def _gaps(plan: tuple[Tile, ...], heads: int) -> slice:
-    "The heads some of whose rows lie on no grid, when every head has one branch."
-    every = range(heads)
-    whole = {h for tile in plan for p in tile.pieces if p.queries.rate == 1 for h in every[p.q_heads]}
-    rest = [h for h in every if h not in whole]
-    return slice(rest[0], rest[-1] + 1) if rest else slice(0, 0)
+@dataclass(frozen=True, eq=False)
+class Plan:
+    "What a portion computes, in order."
+
+    parts: tuple[Part, ...]
+    filled: bool  # whether the first tile reaches every query of every head
+    bare: slice  # heads some of whose rows lie on no grid of a tile that is alone
 
 
-def _padding(mask: Tensor | None, part: Tile) -> Tensor | None:
-    "The padding mask of the keys of a part."
-    return None if mask is None else part.pieces[0].keys.view(mask).flatten(0, 1)
+@lru_cache(maxsize=512)
+def plan_portion(
+    nq: int, nk: int, num_heads: int, kv_heads: int, segment_lengths: tuple[int, ...], dilation_rates: tuple[int, ...],
+    mixing: str, offsets: str, zeros: bool, first: int, last: int,
+    room: int,  # rows of heads that a part may gather, of one batch row
+    batch: int,
+    threads: int,  # if they divide the work of every piece, each is a part of its own; 0: none is
+) -> Plan:  # fmt: skip
+    "The plan of some key/value heads; found again by the next call. With padding `threads` is 1: grids see other keys."
+    every = tiles(nq, nk, num_heads, kv_heads, segment_lengths, dilation_rates, mixing, offsets, zeros, first, last)
+    parts = []
+    for tile in every:
+        apart = threads and not any(batch * tile.segments * p.num_heads % threads for p in tile.pieces)
+        for one in (replace(tile, pieces=(p,)) for p in tile.pieces) if apart else (tile,):
+            for part in one.split(max(1, room // (one.num_heads * max(one.size)))):
+                parts.append(Part(*sides(part), tile.zeros, tile is every[0]))
+    heads = range((last - first) * (num_heads // kv_heads))
+    whole = {h for tile in every for p in tile.pieces if p.queries.rate == 1 for h in heads[p.q_heads]}
+    bare = [h for h in heads if h not in whole]
+    covered = bool(every) and every[0].pieces[0].queries.rate == 1 and every[0].num_heads == len(heads)
+    filled = covered and every[0].segments * every[0].size[0] == nq
+    return Plan(tuple(parts), filled, slice(bare[0], bare[-1] + 1) if bare else slice(0, 0))
 
 
-def attend_tile(
-    tile: Tile, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options, space: Workspace
+def attend_part(
+    part: Part, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options, space: Workspace
 ) -> tuple[Tensor, Tensor]:
-    "`(out, lse)` of a tile, `[b * segments, count, heads, ...]`."
-    rows, keys = sides(tile)
-    inputs = ("q", q, rows), ("k", k, keys), ("v", v, keys)
+    "`(out, lse)` of a part, `[b * segments, count, heads, ...]`."
+    inputs = ("q", q, part.rows), ("k", k, part.keys), ("v", v, part.keys)
     gq, gk, gv = (gather(space, name, x, side, name in options.copy) for name, x, side in inputs)
-    o, l = attend_forward(gq, gk, gv, options.is_causal, _padding(mask, tile), options.scale, options.backend)
-    if tile.zeros:
-        merge_(o, l, torch.zeros_like(o), torch.full_like(l, tile.zeros).log_())
+    o, l = attend_forward(gq, gk, gv, options.is_causal, part.padding(mask), options.scale, options.backend)
+    if part.zeros:
+        merge_(o, l, torch.zeros_like(o), torch.full_like(l, part.zeros).log_())
     return o, l
 
 
 def forward_portion(
-    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
-    plan: tuple[Tile, ...], options: Options, space: Workspace,
+    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, plan: Plan, options: Options,
+    space: Workspace,
 ) -> None:  # fmt: skip
-    "Attend to all tiles of a portion and leave the merged result in `out` and `lse`."
+    "Attend to all parts of a portion and leave the merged result in `out` and `lse`."
     alone = options.mixing == "groups"  # no row belongs to two tiles
-    filled = bool(plan) and _covers(plan[0], q.shape[2], q)
-    bare = _gaps(plan, q.shape[2]) if alone else slice(0, 0 if filled else q.shape[2])
-    out[:, :, bare].zero_()
-    lse[:, :, bare].fill_(-inf)
+    bare = plan.bare if alone else slice(0, 0 if plan.filled else q.shape[2])
+    if bare.stop:
+        out[:, :, bare].zero_()
+        lse[:, :, bare].fill_(-inf)
     later: list[tuple[Series, Tensor, Tensor]] = []
-    for tile in plan:
-        store = alone or (filled and tile is plan[0])
-        for part in tile_parts(options.portion, tile, q, mask is not None):
-            o, l = attend_tile(part, q, k, v, mask, options, space)
-            rows, _ = sides(part)
-            for one, (out_rows, o_part), (lse_rows, l_part) in zip(rows, scatter(o, out, rows), scatter(l, lse, rows)):
-                if store and options.divisor > 1:
-                    torch.div(o_part, options.divisor, out=out_rows)
-                elif store:
-                    out_rows.copy_(o_part)
-                elif out.dtype == lse.dtype:
-                    merge_(out_rows, lse_rows, o_part, l_part)
-                else:
-                    later.append((one, o_part, merge_lse_(lse_rows, l_part)))
-                if store:
-                    lse_rows.copy_(l_part)
+    for part in plan.parts:
+        store = alone or (plan.filled and part.first)
+        o, l = attend_part(part, q, k, v, mask, options, space)
+        pairs = zip(part.rows, scatter(o, out, part.rows), scatter(l, lse, part.rows))
+        for one, (out_rows, o_part), (lse_rows, l_part) in pairs:
+            if store and options.divisor > 1:
+                torch.div(o_part, options.divisor, out=out_rows)
+            elif store:
+                out_rows.copy_(o_part)
+            elif out.dtype == lse.dtype:
+                merge_(out_rows, lse_rows, o_part, l_part)
+            else:
+                later.append((one, o_part, merge_lse_(lse_rows, l_part)))
+            if store:
+                lse_rows.copy_(l_part)
     if later:
         merge_later(out, later, options.portion // 16, lse.dtype, space)
 
@@ -298,16 +339,16 @@ def merge_later(
         block = out[:, low : low + step]
         wide = space("wide", block.shape, dtype).copy_(block)
         for where, o, weight in parts:
-            for pieces, segments, rows, inside in where.within(low, low + block.shape[1]):
-                o_rows = o[pieces, :, segments, rows]
+            for segments, rows, pieces, inside in where.within(low, low + block.shape[1]):
+                o_rows = o[:, segments, rows, pieces]
                 o_rows = space("o", o_rows.shape, dtype).copy_(o_rows)
-                inside.view(wide).lerp_(o_rows, weight[pieces, :, segments, rows])
+                inside.view(wide).lerp_(o_rows, weight[:, segments, rows, pieces])
         block.copy_(wide)
 
 # %% ../nbs/07_improved.ipynb #f6410763
 def backward_portion(
     grads: tuple[Tensor, Tensor, Tensor], dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    mask: Tensor | None, plan: tuple[Tile, ...], options: Options, space: Workspace,
+    mask: Tensor | None, plan: Plan, options: Options, space: Workspace,
 ) -> None:  # fmt: skip
     "Leave dq, dk, dv of a portion in `grads`."
     alone = options.mixing == "groups" and q.shape[2] == k.shape[2]  # nothing is added up
@@ -315,35 +356,41 @@ def backward_portion(
     wide = grads if direct else tuple(
         space(name, g.transpose(1, 2).shape, lse.dtype).transpose(1, 2) for name, g in zip(("dq", "dk", "dv"), grads)
     )  # fmt: skip
-    filled = bool(plan) and _covers(plan[0], q.shape[2], q) and q.shape[1] == k.shape[1]
+    filled = plan.filled and q.shape[1] == k.shape[1]
     if not filled:
         for w in wide:
             w.zero_()
-    for tile in plan:
-        store = alone or (filled and tile is plan[0])
-        for part in tile_parts(options.portion, tile, q, mask is not None):
-            rows, keys = sides(part)
-            inputs = ("dout", dout, rows), ("q", q, rows), ("k", k, keys), ("v", v, keys), ("out", out, rows)
-            scaled = options.divisor > 1
-            copied = [name in options.copy or (scaled and name in ("dout", "out")) for name, _, _ in inputs]
-            do, gq, gk, gv, o = (gather(space, n, x, side, c) for (n, x, side), c in zip(inputs, copied))
-            if scaled:
-                do.div_(options.divisor)
-                o.mul_(options.divisor)
-            l = gather(space, "lse", lse, rows, True)
-            given = attend_backward(
-                do, gq, gk, gv, o, l, options.is_causal, _padding(mask, part), options.scale, options.backend
-            )
-            for grad, result, side in zip(wide, given, (rows, keys, keys)):
-                if result.dtype != grad.dtype and not store:
-                    result = space("g", result.shape, grad.dtype).copy_(result)
-                for there, g_part in scatter(result, grad, side):
-                    if there.shape[4] < g_part.shape[4]:
-                        g_part = g_part.sum(4, keepdim=True, dtype=grad.dtype)
-                    there.copy_(g_part) if store else there.add_(g_part)
+    for part in plan.parts:
+        store = alone or (filled and part.first)
+        sides_of_three = part.rows, part.keys, part.keys
+        results = pull_part(part, dout, q, k, v, out, lse, mask, options, space)
+        for grad, result, side in zip(wide, results, sides_of_three):
+            if result.dtype != grad.dtype and not store:
+                result = space("g", result.shape, grad.dtype).copy_(result)
+            for there, g_part in scatter(result, grad, side):
+                if there.shape[4] < g_part.shape[4]:
+                    g_part = g_part.sum(4, keepdim=True, dtype=grad.dtype)
+                there.copy_(g_part) if store else there.add_(g_part)
     if not direct:
         for g, w in zip(grads, wide):
             g.copy_(w)
+
+
+def pull_part(
+    part: Part, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None,
+    options: Options, space: Workspace,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    "dq, dk, dv of a part, each `[b * segments, count, heads, d]`."
+    rows, keys, scaled = part.rows, part.keys, options.divisor > 1
+    inputs = ("dout", dout, rows), ("q", q, rows), ("k", k, keys), ("v", v, keys), ("out", out, rows)
+    copied = [name in options.copy or (scaled and name in ("dout", "out")) for name, _, _ in inputs]
+    do, gq, gk, gv, o = (gather(space, n, x, side, c) for (n, x, side), c in zip(inputs, copied))
+    if scaled:
+        do.div_(options.divisor)
+        o.mul_(options.divisor)
+    l = gather(space, "lse", lse, rows, True)
+    padding = part.padding(mask)
+    return attend_backward(do, gq, gk, gv, o, l, options.is_causal, padding, options.scale, options.backend)
 
 # %% ../nbs/07_improved.ipynb #5d0c9a71
 class Rows:
@@ -444,7 +491,7 @@ def forward_into(
         return
     for heads, rows, keys in portions(options.portion, q, k, options.segment_lengths):
         padding = None if mask is None else mask[:, keys[0]]
-        plan = options.plan(q, k, *heads, rows[0].stop - rows[0].start, keys[0].stop - keys[0].start)
+        plan = options.plan(q, k, mask is not None, *heads, rows[0].stop - rows[0].start, keys[0].stop - keys[0].start)
         at, kv = (slice(None), *rows), (slice(None), *keys)
         forward_portion(out[at], lse[at], q[at], k[kv], v[kv], padding, plan, options, space)
 
@@ -467,7 +514,7 @@ def backward_into(
             grad.zero_()
     for heads, rows, keys in portions(options.portion, q, k, options.segment_lengths):
         padding = None if mask is None else mask[:, keys[0]]
-        plan = options.plan(q, k, *heads, rows[0].stop - rows[0].start, keys[0].stop - keys[0].start)
+        plan = options.plan(q, k, mask is not None, *heads, rows[0].stop - rows[0].start, keys[0].stop - keys[0].start)
         at, kv = (slice(None), *rows), (slice(None), *keys)
         parts = dq[at], dk[kv], dv[kv]
         backward_portion(parts, dout[at], q[at], k[kv], v[kv], out[at], lse[at], padding, plan, options, space)

@@ -10,7 +10,7 @@ __all__ = ['POSITIONS', 'LARGEST_EXPONENT', 'LongNetConfig', 'longnet_125m', 'lo
 # %% ../nbs/12_longnet.ipynb #9f16e6b4
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -52,6 +52,7 @@ from dilated_attention_nb.multihead import (
     check_packed,
     is_plain,
     magneto_init,
+    normal_start,
     refuse_names,
     resolve_kind,
     takes_documents,
@@ -92,7 +93,8 @@ class LongNetConfig(Config):
     activation_checkpointing: bool = False  # recompute layers in the backward pass instead of keeping their activations
     attention: str = "auto"  # kind of attention: "auto", "improved" or "standard"
     max_head_dim: int = 128  # widest head
-    backend: str = "auto"  # of the attention; "math" in attention "standard" has second derivatives
+    normalize_output: bool = field(default=True, metadata={"since": "0.2"})  # a LayerNorm after the last layer
+    backend: str = field(default="auto", metadata={"since": "0.2"})  # "math", attention "standard": second derivatives
 
     def __post_init__(self) -> None:
         def check(by: Callable[[str, Any], Any], *names: str) -> None:
@@ -103,7 +105,7 @@ class LongNetConfig(Config):
         check(check_int, "num_layers", "vocab_size", "ffn_dim")
         check(check_dropout, "dropout", "attention_dropout", "activation_dropout", "drop_path")
         check(check_positive, "rope_base", "xpos_scale_base", "gamma_init")
-        check(check_flag, "tie_embeddings", "activation_checkpointing")
+        check(check_flag, "tie_embeddings", "activation_checkpointing", "normalize_output")
         check_choice("position", self.position, POSITIONS)
         check_choice("attention", self.attention, tuple(kind for kind in KINDS if kind not in CONFIGS))
         check_choice("backend", self.backend, BACKENDS if self.attention == "standard" else LAYER_BACKENDS)
@@ -366,7 +368,13 @@ class LayerStack(ConfiguredModule):
         super().__init__()
         self.config = check_config("config", config, LongNetConfig)
         self.layers = nn.ModuleList(LongNetLayer(config, depth) for depth in range(config.num_layers))
-        self.layer_norm = nn.LayerNorm(config.embed_dim, config.layer_norm_eps)
+        last = nn.LayerNorm(config.embed_dim, config.layer_norm_eps) if config.normalize_output else nn.Identity()
+        self.layer_norm = last
+
+    @property
+    def num_layers(self) -> int:
+        "As torchscale's encoder has it, where rates of learning that decay with depth look."
+        return len(self.layers)
 
     def _rotation(self, entry: Entry, is_causal: bool, cache: Any) -> Rotation | None:
         "Of the positions, for all layers. Raises `RuntimeError` for a cache that an interruption left half way."
@@ -651,12 +659,8 @@ def evaluating(module: Any) -> Any:
 def _embedding(vocab_size: int, embed_dim: int) -> nn.Embedding:
     "Normal with variance `1 / embed_dim`."
     table = nn.Embedding(vocab_size, embed_dim)
-    Start(table, _narrow_normal, embed_dim)()
+    Start(table, normal_start, embed_dim**-0.5)()
     return table
-
-
-def _narrow_normal(module: nn.Module, embed_dim: int) -> None:
-    nn.init.normal_(module.weight, std=embed_dim**-0.5)
 
 # %% ../nbs/12_longnet.ipynb #911ead84
 def head_logits(head: nn.Module | None, table: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -701,7 +705,7 @@ class LongNet(ConfiguredModule):
         head = None if config.tie_embeddings else nn.Linear(config.embed_dim, config.vocab_size, bias=False)
         self.output_projection = head
         if head is not None:
-            Start(head, _narrow_normal, config.embed_dim)()
+            Start(head, normal_start, config.embed_dim**-0.5)()
 
     @property
     def head_weight(self) -> Float[Tensor, "vocab e"]:

@@ -202,12 +202,17 @@ def magneto_init(linear: nn.Linear, gain: float) -> None:
         nn.init.zeros_(linear.bias)
 
 
+def normal_start(module: Any, std: float) -> None:
+    "Normal with this standard deviation."
+    nn.init.normal_(module.weight, std=std)
+
+
 class Start:
     "A module's own `reset_parameters`: `init(module, *values)`, whatever was reset before it. No cycle of references."
 
     def __init__(self, module: nn.Module, init: Callable[..., None], *values: Any) -> None:
         self.module, self.init, self.values = ref(module), init, values
-        module.reset_parameters = self
+        setattr(module, "reset_parameters", self)  # noqa: B010 - mypy knows no such attribute
 
     def __call__(self) -> None:
         self.init(self.module(), *self.values)
@@ -294,8 +299,8 @@ class MultiheadDilatedAttention(ConfiguredModule):
     ) -> tuple[Float[Tensor, "b nq e"], Tensor | None]:
         """Output and None or, with `need_weights`, weights `[b, nq, nk]` (`[b, h, nq, nk]` if not averaged).
 
-        Queries are the last `nq` of `nk` positions. Padding keeps its place, as in `nn.MultiheadAttention`; models leave
-        it out. With groups mixing a row of weights adds up to 1/G, as the output is divided by G. Raises `ValueError`
+        Queries are the last `nq` of `nk` positions. Padding keeps its place, as in `nn.MultiheadAttention`; models
+        leave it out. With groups mixing a row of weights adds up to 1/G, as the output is divided by G. Raises `ValueError`
         or `TypeError` naming the argument.
         """
         refuse_names(MultiheadDilatedAttention.forward, others)

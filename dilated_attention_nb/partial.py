@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import pad, softplus
+from torch.nn.functional import pad
 
 from dilated_attention_nb.config import (
     BACKENDS,
@@ -59,9 +59,8 @@ def merge(
 # %% ../nbs/05_partial.ipynb #e447f819
 def merge_lse_(lse: Tensor, lse_b: Tensor) -> Tensor:
     "Merge `lse_b` into `lse` itself; returns the weight of part b in the merged row, `lse`'s shape and one."
-    difference = (lse_b - lse).nan_to_num_(nan=-inf, posinf=inf, neginf=-inf)
-    weight = torch.sigmoid(difference)
-    lse.copy_(torch.maximum(lse, lse_b).add_(softplus(difference.abs_().neg_())))
+    weight = (lse_b - lse).nan_to_num_(nan=-inf, posinf=inf, neginf=-inf).sigmoid_()
+    torch.logaddexp(lse, lse_b, out=lse)
     return weight[..., None]
 
 

@@ -8,8 +8,9 @@ __all__ = ['read_tensors', 'fill_exactly', 'save_pretrained', 'from_pretrained']
 # %% ../nbs/13c_pretrained.ipynb #4afc91b6
 import json
 import os
+import warnings
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import Field, fields
 from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,6 +76,26 @@ def fill_exactly(model: _M, tensors: Mapping[str, Tensor], source: Any) -> _M:
     model.load_state_dict({name: x.to(widest) for name, x in tensors.items()}, assign=True)
     return model
 
+# %% ../nbs/13c_pretrained.ipynb #d2f6b309
+def _under_prefix(
+    tensors: Mapping[str, Tensor],
+    prefix: str | None,
+    known: str,  # a name that only such a model has
+    source: Any,
+) -> dict[str, Tensor]:
+    "The tensors under a prefix, without it; with None under the only one that `known` has."
+    named = {str(name): x for name, x in tensors.items()}
+    if prefix is None:
+        prefixes = [name.removesuffix(known) for name in named if name.endswith(known)]
+        prefixes = sorted(each for each in prefixes if each == "" or each.endswith("."))
+        if len(prefixes) > 1:
+            rule, got = "be given where there are several", ", ".join(map(repr, prefixes))
+            raise ValueError(complaint("prefix", rule, got, f"which part of {source} is meant?"))
+        prefix = prefixes[0] if prefixes else ""
+    if not isinstance(prefix, str):
+        raise TypeError(complaint("prefix", "be a string or None", type(prefix).__name__, "write 'slide_encoder.'"))
+    return {name.removeprefix(prefix): x for name, x in named.items() if name.startswith(prefix)}
+
 # %% ../nbs/13c_pretrained.ipynb #77f13827
 _CONFIG, _TENSORS = "config.json", "model.safetensors"
 _MODELS: dict[str, tuple[type[Config], Any]] = {
@@ -85,6 +106,17 @@ _MODELS: dict[str, tuple[type[Config], Any]] = {
         lambda c: GigaPathSlideEncoder(**{name: getattr(c, name) for name in c.to_dict()}),
     ),
 }
+
+
+def _later(field: Field[Any]) -> bool:
+    "Whether 0.1 didn't have this field; its default is what 0.1 did."
+    return "since" in field.metadata
+
+
+def _stored(config: Config) -> dict[str, Any]:
+    "The fields, but for later ones at their defaults: 0.1 reads what it could have written."
+    usual = {f.name for f in fields(config) if _later(f) and getattr(config, f.name) == f.default}
+    return {name: value for name, value in config.to_dict().items() if name not in usual}
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -108,7 +140,7 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
     if plain != {name: x.shape for name, x in tensors.items()}:
         raise ValueError(f"this {name} has other parameters than one made of its config: save its state_dict instead")
     Path(folder).mkdir(parents=True, exist_ok=True)
-    about = {"class": name, "config": model.config.to_dict()}  # type: ignore[union-attr, operator]
+    about = {"class": name, "config": _stored(model.config)}  # type: ignore[arg-type]
     _write(Path(folder) / _TENSORS, save_tensors(tensors))
     _write(Path(folder) / _CONFIG, json.dumps(about, indent=2).encode())
 
@@ -133,7 +165,7 @@ def from_pretrained(folder: str | Path, kind: type[nn.Module] | None = None) -> 
         raise ValueError(complaint(str(path), "have 'class' and 'config' alone", ", ".join(unknown), "is it ours?"))
     config, build = _MODELS[name]
     values = about.get("config")
-    missing = [f.name for f in fields(config) if isinstance(values, dict) and f.name not in values]
+    missing = [f.name for f in fields(config) if isinstance(values, dict) and f.name not in values and not _later(f)]
     if missing:
         advice = "a default need not be what the model was made with: add that"
         rule = f"have all fields of {config.__name__}"
@@ -160,26 +192,62 @@ LongNet.from_pretrained = classmethod(_longnet_from_pretrained)  # type: ignore[
 LongNetEncoder.from_pretrained = classmethod(_longnet_from_pretrained)  # type: ignore[attr-defined]
 
 # %% ../nbs/13c_pretrained.ipynb #7a4552f7
-def _slide_from_pretrained(cls: type[GigaPathSlideEncoder], /, path: str | Path, **values: Any) -> GigaPathSlideEncoder:
+def _slide_from_pretrained(
+    cls: type[GigaPathSlideEncoder],
+    /,
+    path: str | Path,
+    prefix: str | None = None,  # of the names in the file, as "slide_encoder."; None: guess
+    **values: Any,
+) -> GigaPathSlideEncoder:
     """From `slide_encoder.pth` (its "model" entry), a safetensors file or what `save_pretrained` wrote; in eval mode.
 
-    `values` are fields of `GigaPathConfig`, for files only. Raises `FileNotFoundError`, or `ValueError` if the tensors
-    don't fit, naming them.
+    `prefix` and `values`, fields of `GigaPathConfig`, are for files only; what isn't under the prefix is left out.
+    Warns for a file without `global_pool=True`. Raises `FileNotFoundError`, or `ValueError` if the tensors don't fit,
+    naming them.
     """
     if Path(path).is_dir():
-        if values:
-            got = ", ".join(values)
+        if values or prefix is not None:
+            got = ", ".join(values if prefix is None else ["prefix", *values])
             raise ValueError(complaint("values", "be left out for a folder", got, "it has a config.json of its own"))
         model: GigaPathSlideEncoder = from_pretrained(path, cls)
         return model
     with torch.device("meta"):
         model = cls(**values)
-    tensors = read_tensors(path)
+    tensors = _under_prefix(read_tensors(path), prefix, "encoder.layers.0.self_attn.q_proj.weight", path)
     tensors.pop("pos_embed", None)  # the table of places, which older files carry
-    return fill_exactly(model, tensors, path).eval()
+    fill_exactly(model, tensors, path)
+    if not model.config.global_pool:
+        about = "the class token of GigaPath's released weights was never trained: pass global_pool=True for the mean"
+        warnings.warn(f"{path}: {about} over the tiles, unless you have trained it since", stacklevel=2)
+    return model.eval()
 
 
 GigaPathSlideEncoder.from_pretrained = classmethod(_slide_from_pretrained)  # type: ignore[assignment, method-assign]
+
+# %% ../nbs/13c_pretrained.ipynb #8ac51e04
+_OTHER_ENCODERS = {  # parts of names in torchscale's state dicts, and what to do
+    "embed_tokens.": "the scale of its embeddings isn't in the tensors: take it out, and pass embeddings",
+    "embed_positions.": "take it out, and add the positions to the embeddings that you pass",
+    "layernorm_embedding.": "take it out, and apply it to the embeddings that you pass",
+    "output_projection.": "take it out, and apply it to what the encoder returns",
+    "relative_position.": "dilated attention here has no biases of relative positions",
+    ".xpos.": "xPos needs a causal model; an encoder can't use it",
+    ".moe_layer.": "mixtures of experts can't be loaded",
+    ".A.": "multiway encoders can't be loaded; is one of the two ways enough?",
+    ".gate.": "gated feed-forward layers can't be loaded",
+}
+
+
+def _refuse_other_encoders(tensors: Mapping[str, Tensor]) -> None:
+    "A `ValueError` for encoders that torchscale can build, and `LongNetEncoder` can't."
+    for name in tensors:
+        for part, advice in _OTHER_ENCODERS.items():
+            if part in "." + name and (part[0] == "." or name.startswith(part)):
+                raise ValueError(f"state_dict doesn't fit a LongNetEncoder: {name} is unknown; {advice}")
+    for part, where in (("inner_attn_ln", "self_attn"), ("ffn_layernorm", "ffn")):
+        if not any(part in name for name in tensors):
+            name, advice = f"layers.0.{where}.{part}.weight", "encoders without sub-LayerNorms can't be loaded"
+            raise ValueError(f"state_dict doesn't fit a LongNetEncoder: {name} is missing; {advice}")
 
 # %% ../nbs/13c_pretrained.ipynb #62126cf9
 def _longnet_from_torchscale(
@@ -189,7 +257,7 @@ def _longnet_from_torchscale(
     num_heads: int,
     segment_lengths: tuple[int, ...],
     dilation_rates: tuple[int, ...],
-    prefix: str = "",  # of the encoder's names, as "encoder."
+    prefix: str | None = None,  # of the encoder's names, as "encoder."; None: guess
     **values: Any,  # more fields of LongNetConfig
 ) -> LongNetEncoder:
     """A `LongNetEncoder` over embeddings with torchscale's weights, in eval mode: `LongNetEncoder.from_torchscale`.
@@ -199,25 +267,27 @@ def _longnet_from_torchscale(
     if not isinstance(state_dict, Mapping) or not all(isinstance(x, Tensor) for x in state_dict.values()):
         got, advice = type(state_dict).__name__, "read_tensors(path) reads a file"
         raise TypeError(complaint("state_dict", "be a mapping of names to tensors", got, advice))
-    names = {str(name): x for name, x in state_dict.items()}
-    tensors = {name.removeprefix(prefix): x for name, x in names.items() if name.startswith(prefix)}
-    layer = "layers.0."
-    try:
-        width, inner = (tensors[f"{layer}{name}.weight"].shape[0] for name in ("self_attn.q_proj", "ffn.fc1"))
-    except KeyError as error:
-        rule = f"hold an encoder's tensors under the prefix {prefix!r}"
-        got = ", ".join(list(names)[:3]) or "nothing"
-        raise ValueError(
-            complaint("state_dict", rule, got, f"{error} is missing; which prefix do they have?")
-        ) from None
-    numbers = [name.split(".")[1] for name in tensors if name.startswith("layers.")]
-    depth = 1 + max(int(number) for number in numbers if number.isdecimal())
-    fields: dict[str, Any] = dict(
-        vocab_size=None, ffn_dim=inner, ragged="zeros", position="none", bias=f"{layer}ffn.fc1.bias" in tensors
-    )
-    config = LongNetConfig(width, depth, num_heads, segment_lengths, dilation_rates, **(fields | values))
+    first = "layers.0.self_attn.q_proj.weight"
+    tensors = _under_prefix(state_dict, prefix, first, "state_dict")
+    if not any(name.startswith("layers.") for name in tensors):
+        rule = f"hold an encoder's tensors under the prefix {prefix or ''!r}"
+        got, advice = ", ".join(map(str, list(state_dict)[:3])) or "nothing", f"{first!r} is missing"
+        raise ValueError(complaint("state_dict", rule, got, f"{advice}; which prefix do they have?"))
+    _refuse_other_encoders(tensors)
+    inner = "layers.0.ffn.fc1.weight"
+    for name in (first, inner):
+        if name not in tensors or tensors[name].dim() != 2:
+            got = "is missing" if name not in tensors else f"has shape {tuple(tensors[name].shape)}"
+            raise ValueError(f"state_dict doesn't fit a LongNetEncoder: {name} {got}")
+    numbers = {name.split(".")[1] for name in tensors if name.startswith("layers.")}
+    own: dict[str, Any] = dict(
+        embed_dim=len(tensors[first]), num_layers=sum(map(str.isdecimal, numbers)), ffn_dim=len(tensors[inner]),
+        vocab_size=None, ragged="zeros", position="none", bias="layers.0.ffn.fc1.bias" in tensors,
+        normalize_output=any(name.startswith("layer_norm.") for name in tensors),
+    )  # fmt: skip
+    branches = dict(num_heads=num_heads, segment_lengths=segment_lengths, dilation_rates=dilation_rates)
     with torch.device("meta"):
-        model = cls(config)
+        model = cls(LongNetConfig(**own | branches | values))
     return fill_exactly(model, tensors, "state_dict").eval()
 
 

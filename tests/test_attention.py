@@ -305,12 +305,12 @@ def test_series_hold_the_pieces_of_a_tile(rates, offsets):
         pieces = iter(tile.pieces)
         for one in queries:
             here = [p.queries.view(x[:, :, p.q_heads]) for p in islice(pieces, one.pieces)]
-            assert torch.equal(one.view(x), torch.stack(here))
+            assert torch.equal(one.view(x), torch.stack(here, 3))
             found = torch.zeros_like(one.view(x))
             for low, high in ((0, 13), (13, 27), (27, 40)):
-                for which, segments, rows, part in one.within(low, high):
-                    found[which, :, segments, rows] += part.view(x[:, low:high])
-            assert torch.equal(found, torch.stack(here))
+                for segments, rows, which, part in one.within(low, high):
+                    found[:, segments, rows, which] += part.view(x[:, low:high])
+            assert torch.equal(found, torch.stack(here, 3))
 
 
 @drawn(60)
