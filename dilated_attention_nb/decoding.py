@@ -203,8 +203,8 @@ _PIECE = 8192  # tokens of a prompt read at a time
 
 def generate(
     model: LongNet,
-    prompt: Int[Tensor, "b n"] | Int[Tensor, " n"],
-    max_new_tokens: int,
+    prompt: Int[Tensor, "b n"] | Int[Tensor, " n"] = None,  # type: ignore[assignment]
+    max_new_tokens: int = None,  # type: ignore[assignment]
     temperature: float = 1.0,  # 0: always the most probable token
     top_k: int | None = None,  # draw from so many most probable tokens
     top_p: float | None = None,  # draw from the fewest tokens that have this probability

@@ -286,6 +286,7 @@ class FeedForward(ConfiguredModule):
 
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__()
+        self.activation_dropout = config.activation_dropout  # of a config, torch.compile takes it for one that varies
         self.config = config
         self.fc1 = nn.Linear(config.embed_dim, config.inner_dim, config.bias)
         self.ffn_layernorm = nn.LayerNorm(config.inner_dim, config.layer_norm_eps)
@@ -294,7 +295,7 @@ class FeedForward(ConfiguredModule):
             Start(linear, magneto_init, config.gain)()
 
     def forward(self, x: Float[Tensor, "b n e"]) -> Float[Tensor, "b n e"]:
-        x = F.dropout(F.gelu(self.fc1(x)), self.config.activation_dropout, self.training)
+        x = F.dropout(F.gelu(self.fc1(x)), self.activation_dropout, self.training)
         out: Tensor = self.fc2(self.ffn_layernorm(x))
         return out
 
@@ -633,9 +634,13 @@ def _twin_class(cls: type[nn.Module]) -> type[nn.Module]:
         twins = object.__getattribute__(self, "_modules")
         return twins[name] if name in twins else super(twin, self).__getattr__(name)
 
+    def __eq__(self: Any, other: Any) -> bool:
+        return getattr(other, "source", other) is self.source
+
     body = {
-        "__slots__": ("_modules",), "__getattr__": __getattr__, "twin_of": cls, "__module__": cls.__module__,
+        "__slots__": ("_modules", "source"), "__getattr__": __getattr__, "twin_of": cls, "__module__": cls.__module__,
         "training": property(lambda self: False), "_compiled_call_impl": property(lambda self: None),
+        "__eq__": __eq__, "__hash__": lambda self: hash(self.source),  # FSDP looks its state up
     }  # fmt: skip
     twin = type(cls.__name__, (cls,), body)
     return twin
@@ -652,7 +657,9 @@ def evaluating(module: Any) -> Any:
     twin = object.__new__(_twin_class(type(module)))
     object.__setattr__(twin, "__dict__", vars(module))
     children = {name: evaluating(child) for name, child in vars(module)["_modules"].items()}
-    type(twin)._modules.__set__(twin, children)
+    slots: Any = type(twin)
+    slots._modules.__set__(twin, children)
+    slots.source.__set__(twin, module)
     return twin
 
 
@@ -663,7 +670,7 @@ def _embedding(vocab_size: int, embed_dim: int) -> nn.Embedding:
     return table
 
 # %% ../nbs/12_longnet.ipynb #911ead84
-def head_logits(head: nn.Module | None, table: nn.Module) -> Callable[[Tensor], Tensor]:
+def head_logits(head: nn.Module | None, table: Any) -> Callable[[Tensor], Tensor]:
     "The head, to be called; without one, the product with the table of embeddings."
     if head is not None:
         return head
@@ -675,7 +682,7 @@ def head_logits(head: nn.Module | None, table: nn.Module) -> Callable[[Tensor], 
 def head_losses(
     x: Float[Tensor, "b n e"],
     head: nn.Module | None,  # None: the table is the head
-    table: nn.Module,  # of embeddings
+    table: nn.Module | None,  # of embeddings
     targets: Int[Tensor, "b n"],  # -100 costs nothing
     vocab_size: int,
 ) -> Float[Tensor, "b n"]:

@@ -300,8 +300,8 @@ class MultiheadDilatedAttention(ConfiguredModule):
         """Output and None or, with `need_weights`, weights `[b, nq, nk]` (`[b, h, nq, nk]` if not averaged).
 
         Queries are the last `nq` of `nk` positions. Padding keeps its place, as in `nn.MultiheadAttention`; models
-        leave it out. With groups mixing a row of weights adds up to 1/G, as the output is divided by G. Raises `ValueError`
-        or `TypeError` naming the argument.
+        leave it out. With groups mixing a row of weights adds up to 1/G, as the output is divided by G. Raises
+        `ValueError` or `TypeError` naming the argument.
         """
         refuse_names(MultiheadDilatedAttention.forward, others)
         key = query if key is None else key
