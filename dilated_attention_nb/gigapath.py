@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dilated_attention_nb.config import (
     FLOAT_DTYPES,
+    WIDEST,
     Config,
     ConfiguredModule,
     check_dropout,
@@ -31,7 +32,7 @@ from dilated_attention_nb.config import (
     shown,
 )
 from .improved import Packing
-from .longnet import LongNetConfig, LongNetEncoder, evaluating
+from .longnet import DEEPEST, LongNetConfig, LongNetEncoder, evaluating
 
 # %% ../nbs/13b_gigapath.ipynb #a5a615c1
 def position_codes(
@@ -164,7 +165,9 @@ class GigaPathConfig(Config):
     activation_checkpointing: bool = field(default=False, metadata={"since": "0.2"})  # recompute in the backward pass
 
     def __post_init__(self) -> None:
-        self._check(check_int, "in_chans", "embed_dim", "depth", "num_heads", "ffn_dim", "slide_ngrids", "tile_size")
+        self._check(check_int, "depth", high=DEEPEST)
+        self._check(check_int, "num_heads", "ffn_dim", "slide_ngrids", "tile_size")
+        self._check(check_int, "in_chans", "embed_dim", high=WIDEST)
         self._check(check_int, "max_wsi_size")
         self._check(check_flag, "global_pool", "check_layout", "activation_checkpointing")
         self._check(check_positive, "norm_eps")

@@ -24,7 +24,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from dilated_attention_nb.config import (
     BACKENDS,
+    LARGEST,
     LAYER_BACKENDS,
+    WIDEST,
     Config,
     ConfiguredModule,
     DilatedAttentionConfig,
@@ -60,6 +62,7 @@ from dilated_attention_nb.multihead import (
 
 # %% ../nbs/12_longnet.ipynb #5c75ec12
 POSITIONS = ("xpos", "rope", "none")
+DEEPEST = 10_000  # layers
 LARGEST_EXPONENT = 44.0  # of xPos: e^44 times e^44 is still a float32 and a bfloat16
 _MAYBE_NONE = frozenset(("vocab_size", "ffn_dim", "xpos_scale_base", "gamma_init"))
 
@@ -102,7 +105,9 @@ class LongNetConfig(Config):
                 if getattr(self, name) is not None or name not in _MAYBE_NONE:
                     self._store(**{name: by(name, getattr(self, name))})
 
-        check(check_int, "num_layers", "vocab_size", "ffn_dim")
+        check(partial(check_int, high=DEEPEST), "num_layers")
+        check(partial(check_int, high=2**31), "vocab_size")
+        check(partial(check_int, high=4 * WIDEST), "ffn_dim")
         check(check_dropout, "dropout", "attention_dropout", "activation_dropout", "drop_path")
         check(check_positive, "rope_base", "xpos_scale_base", "gamma_init")
         check(check_flag, "tie_embeddings", "activation_checkpointing", "normalize_output")
@@ -113,6 +118,9 @@ class LongNetConfig(Config):
         for part in (self.multihead_config, self.attention_config):  # which check what they are given
             self._store(**{name: getattr(part, name) for name in shared if hasattr(part, name)})
         check_heads(self.num_heads, len(self.segment_lengths), self.mixing)
+        if self.position == "xpos" and self.window > LARGEST:
+            rule = "begin anew together within 2**48 tokens, for xPos"
+            raise ValueError(complaint("segment_lengths", rule, self.window, "take lengths that divide one another"))
         if self.position == "xpos" and self.scale_base < self._safe_base:
             rule = f"be at least {math.ceil(self._safe_base)} for segments that repeat every {self.window} tokens"
             raise ValueError(complaint("xpos_scale_base", rule, self.scale_base, "less overflows; None picks it"))
