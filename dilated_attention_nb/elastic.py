@@ -36,6 +36,7 @@ from .config import DistributedConfig, check_int, complaint
 from .distributed import DistributedLongNet
 from .longnet import LongNet, LongNetConfig
 from .sharded import Team, join_processes
+from .sharding import GroupRef
 from .training import VOCAB, mixed_seed, read_corpus, write_file
 
 # %% ../nbs/16b_elastic.ipynb #ae11f46b
@@ -70,7 +71,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path | str, keep: int = 2) -> None:
         self.folder, self.keep, self.team = Path(folder), check_int("keep", keep), Team()
-        self.group = dist.new_group(backend="gloo") if self.team.size > 1 else None  # not in the way of training
+        self.group = GroupRef(dist.new_group(backend="gloo") if self.team.size > 1 else None)  # not in training's way
         self.pending: tuple[Any, Path] | None = None  # a future, and the folder that it fills
         if self.team.first:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +95,7 @@ class Checkpoints:
         self.team.any(False)
         writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
         tensors = training_tensors(part, optimizer)
-        saving = dcp.async_save(tensors, storage_writer=writer, process_group=self.group)  # type: ignore[attr-defined]
+        saving = dcp.async_save(tensors, storage_writer=writer, process_group=self.group())  # type: ignore[attr-defined]
         self.pending = saving, path
 
     def settle(self) -> None:
@@ -125,7 +126,7 @@ class Checkpoints:
             raise ValueError(complaint("checkpoint", "be of this model", f"{path} of another", advice))
         tensors = training_tensors(part, optimizer)
         reader = HuggingFaceStorageReader(str(path))
-        dcp.load(tensors, storage_reader=reader, process_group=self.group)  # type: ignore[attr-defined]
+        dcp.load(tensors, storage_reader=reader, process_group=self.group())  # type: ignore[attr-defined]
         put_training_tensors(part, optimizer, tensors)
         return about["step"], about["about"]
 
