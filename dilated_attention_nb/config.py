@@ -7,11 +7,11 @@ __all__ = ['MIXINGS', 'OFFSETS', 'RAGGED', 'BACKENDS', 'LAYER_BACKENDS', 'RING_S
            'DISTRIBUTED_BACKENDS', 'DATA_ENGINES', 'PIPELINE_SCHEDULES', 'EVICTION_POLICIES', 'FLOAT_DTYPES',
            'complaint', 'shown', 'check_int', 'check_number', 'check_positive', 'check_ratio', 'check_block_size',
            'check_dropout', 'check_scale', 'check_flag', 'nearest', 'check_choice', 'check_ints', 'check_branches',
-           'check_heads', 'valid_lengths', 'check_length', 'check_floats', 'check_alike', 'check_padding', 'check_qkv',
-           'check_device', 'check_dtype', 'check_home', 'check_placement', 'Config', 'check_config',
-           'DilatedAttentionConfig', 'ConfiguredModule', 'check_head_dim', 'check_kv_heads', 'MultiheadConfig',
-           'RingAttentionConfig', 'SparseAttentionConfig', 'BlockSparseRingConfig', 'DistributedConfig',
-           'MemoryPoolConfig']
+           'check_heads', 'valid_lengths', 'check_length', 'row_shifts', 'check_unshifted', 'check_floats',
+           'check_alike', 'check_padding', 'check_qkv', 'check_device', 'check_dtype', 'check_home', 'check_placement',
+           'Config', 'check_config', 'DilatedAttentionConfig', 'ConfiguredModule', 'check_head_dim', 'check_kv_heads',
+           'MultiheadConfig', 'RingAttentionConfig', 'SparseAttentionConfig', 'BlockSparseRingConfig',
+           'DistributedConfig', 'MemoryPoolConfig']
 
 # %% ../nbs/00_config.ipynb #3d0f6ed4
 import dataclasses
@@ -198,6 +198,30 @@ def check_length(n: int, segment_lengths: Sequence[int], ragged: str) -> None:
             below, above = valid_lengths(n, segment_lengths)
             advice = f"pass ragged='mask', pad to {above}" + (f" or cut to {below}" if below else "")
             raise ValueError(f"sequence length {n} is not a multiple of segment length {w}; {advice}")
+
+
+def row_shifts(
+    n: float,  # tokens; infinity for any length
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    ragged: str,
+) -> tuple[int, ...]:
+    """By how many places `ragged="zeros"` moves each branch's rows on from one segment to the next, as torchscale does.
+
+    `p = -w mod r` in a sequence longer than w: row i shows segment `i // (w + p)`, place `i mod (w + p)`.
+    """
+    return tuple(-w % r if ragged == "zeros" and n > w else 0 for w, r in zip(segment_lengths, dilation_rates))
+
+
+def check_unshifted(
+    n: float, segment_lengths: Sequence[int], dilation_rates: Sequence[int], ragged: str, where: str
+) -> None:
+    "A `ValueError` if `row_shifts` moves rows: `where` says what can't be computed then."
+    for w, r, p in zip(segment_lengths, dilation_rates, row_shifts(n, segment_lengths, dilation_rates, ragged)):
+        if p:
+            rule = f"not be 'zeros' {where} if a dilation rate does not divide its segment length"
+            got, advice = f"rate {r} for segments of {w}", "use ragged='mask', or rates that divide"
+            raise ValueError(complaint("ragged", rule, got, advice))
 
 # %% ../nbs/00_config.ipynb #400490a7
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
