@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dilated_attention_nb.config import (
     FLOAT_DTYPES,
+    WIDEST,
     Config,
     ConfiguredModule,
     check_dropout,
@@ -31,7 +32,7 @@ from dilated_attention_nb.config import (
     shown,
 )
 from .improved import Packing
-from .longnet import LongNetConfig, LongNetEncoder, evaluating
+from .longnet import DEEPEST, LongNetConfig, LongNetEncoder, evaluating
 
 # %% ../nbs/13b_gigapath.ipynb #a5a615c1
 def position_codes(
@@ -164,7 +165,9 @@ class GigaPathConfig(Config):
     activation_checkpointing: bool = field(default=False, metadata={"since": "0.2"})  # recompute in the backward pass
 
     def __post_init__(self) -> None:
-        self._check(check_int, "in_chans", "embed_dim", "depth", "num_heads", "ffn_dim", "slide_ngrids", "tile_size")
+        self._check(check_int, "depth", high=DEEPEST)
+        self._check(check_int, "num_heads", "ffn_dim", "slide_ngrids", "tile_size")
+        self._check(check_int, "in_chans", "embed_dim", high=WIDEST)
         self._check(check_int, "max_wsi_size")
         self._check(check_flag, "global_pool", "check_layout", "activation_checkpointing")
         self._check(check_positive, "norm_eps")
@@ -242,9 +245,13 @@ class GigaPathSlideEncoder(ConfiguredModule):
         )  # fmt: skip
         self.patch_embed = nn.ModuleDict({"proj": nn.Linear(c.in_chans, c.embed_dim)})
         self.cls_token = nn.Parameter(torch.empty(1, 1, c.embed_dim))
-        nn.init.normal_(self.cls_token, std=0.02)
+        self.reset_parameters()
         self.encoder = LongNetEncoder(c.encoder)
         self.norm = nn.LayerNorm(c.embed_dim, c.norm_eps)
+
+    def reset_parameters(self) -> None:
+        "Of the class token; each part has its own."
+        nn.init.normal_(self.cls_token, std=0.02)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "tile_size":
@@ -325,7 +332,8 @@ def attention_rollout(
     Abnar and Zuidema 2020, arXiv:2005.00928, without ever making a matrix of weights, and without dropout. Raises as
     the model does.
     """
-    with torch.inference_mode(False), torch.no_grad(), evaluating(model):
+    model = evaluating(model)
+    with torch.inference_mode(False), torch.no_grad():
         stream, mask = model.embed(x, coords, tile_size, key_padding_mask), _after_the_class_token(key_padding_mask)
         states = list(model.encoder.states(stream, mask))
         share = torch.zeros_like(states[0][..., 0])

@@ -424,7 +424,7 @@ class Rows:
         self.adjacent = self.whole and bool((starts == starts[0] + width * torch.arange(count)).all())
         if not self.adjacent:
             self.index = torch.where(real, index, starts[:, None]).flatten().to(device)
-            self.real, self.excess = (x.flatten().nonzero()[:, 0].to(device) for x in (real, ~real))
+            self.excess = (~real).flatten().nonzero()[:, 0].to(device)
 
     def read(self, x: Tensor, name: str, space: Workspace, fill: float = 0) -> Tensor:
         "Their tokens `[documents, length, ...]`: a view if they are adjacent, else a copy with `fill` as the excess."
@@ -439,14 +439,10 @@ class Rows:
         return self.read(x, name, space) if self.adjacent else space(name, (*self.shape, *x.shape[1:]), x.dtype)
 
     def write(self, x: Tensor, results: Tensor) -> None:
-        "Bring the results that were left in `room` to their places in `x`."
-        if self.adjacent:
-            return
-        rows = results.flatten(0, 1)
-        if self.whole:
-            x.index_copy_(0, self.index, rows)
-        else:
-            x.index_copy_(0, self.index[self.real], rows[self.real])
+        "Bring the results that were left in `room` to their places in `x`, whose last row is for the excess."
+        if not self.adjacent:
+            index = self.index if self.whole else self.index.index_fill(0, self.excess, len(x) - 1)
+            x.index_copy_(0, index, results.flatten(0, 1))
 
     def hidden(self, mask: Tensor | None, is_causal: bool, space: Workspace) -> Tensor | None:
         "The padding mask `[documents, length]` of these keys. What is excess the future hides, if there is one."
@@ -468,10 +464,23 @@ def document_rows(cu_seqlens: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return (ends[:, :-1] + n * torch.arange(len(ends))[:, None]).flatten(), lengths.flatten()
 
 
-def rounded(n: int, numbers: int) -> int:
-    "A common length for documents of about `n` tokens of so many numbers: a quarter more at most, if they are short."
-    step = 1 << max(0, n.bit_length() - 3)
-    return n if n * numbers > 2**18 else -(-n // step) * step
+_CALL = 2**16  # numbers of excess that cost about as much as one more call
+
+
+def common_lengths(documents: dict[int, list[int]], numbers: int) -> Iterator[list[int]]:
+    "Documents of each length in groups for one call: shorter ones join while their excess costs less than a call."
+    members: list[int] = []
+    longest = excess = 0
+    for n in sorted(documents, reverse=True):
+        excess += (longest - n) * len(documents[n]) * numbers
+        if members and excess > _CALL:
+            yield sorted(members)
+            members = []
+        if not members:
+            longest, excess = n, 0
+        members += documents[n]
+    if members:
+        yield sorted(members)
 
 
 def document_batches(
@@ -485,19 +494,20 @@ def document_batches(
             complaint("cu_seqlens_q", "give no document more queries than keys", reprlib.repr(got), advice)
         )
     numbers = q.shape[2] * q.shape[3]
-    alike: dict[tuple[int, int], list[int]] = {}
+    alike: dict[int, dict[int, list[int]]] = {}  # by the keys before the first query, and by length
     for i, (nq, nk) in enumerate(zip(q_lengths.tolist(), k_lengths.tolist())):
         if nq:
             check_length(nk, options.segment_lengths, ragged)
             if nq < nk:
                 check_unshifted(nk, *options.branches, ragged, "with fewer queries than keys")
-            alike.setdefault((nk - nq, nk if ragged == "zeros" else rounded(nk, numbers)), []).append(i)
-    for (_, nk), documents in alike.items():
-        size = max(1, options.portion // (nk * numbers))
-        for first in range(0, len(documents), size):
-            some = torch.tensor(documents[first : first + size])
-            sides_of_some = (q_starts[some], q_lengths[some]), (k_starts[some], k_lengths[some])
-            yield tuple(Rows(*side, q.device) for side in sides_of_some)
+            alike.setdefault(nk - nq, {}).setdefault(nk, []).append(i)
+    for by_length in alike.values():
+        for documents in by_length.values() if ragged == "zeros" else common_lengths(by_length, numbers):
+            size = max(1, options.portion // (int(k_lengths[documents].max()) * numbers))
+            for first in range(0, len(documents), size):
+                some = torch.tensor(documents[first : first + size])
+                sides_of_some = (q_starts[some], q_lengths[some]), (k_starts[some], k_lengths[some])
+                yield tuple(Rows(*side, q.device) for side in sides_of_some)
 
 # %% ../nbs/07_improved.ipynb #5d0c9a73
 def forward_into(
@@ -600,36 +610,45 @@ def add_shifted(
             grad[:, tokens].add_(real[:, : tokens.stop - tokens.start])
 
 # %% ../nbs/07_improved.ipynb #5d0c9a74
+def _bare(x: Tensor, cu_seqlens: Tensor, nothing: float = 0, dtype: torch.dtype | None = None) -> Tensor:
+    "Room for results beside `x`, tokens first, and one row more; `nothing` at tokens of no document."
+    room = x.new_empty((x.shape[0] * x.shape[1] + 1, *x.shape[2:]), dtype=dtype)
+    return room if (cu_seqlens[:, -1] == x.shape[1]).all() else room.fill_(nothing)
+
+
 def packed_forward(
-    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_q: Tensor, cu_k: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_q: Tensor, cu_k: Tensor,
     options: Options, ragged: str, space: Workspace,
-) -> None:  # fmt: skip
-    "The same with each document a sequence of its own; tokens of no document get `(0, -inf)`."
-    out.zero_(), lse.fill_(-inf)
-    packed, (flat_out, flat_lse, *x) = Workspace(q.device), (y.flatten(0, 1) for y in (out, lse, q, k, v))
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    "Merged out and lse, each document a sequence of its own; tokens of no document get `(0, -inf)`."
+    packed, x = Workspace(q.device), [y.flatten(0, 1) for y in (q, k, v)]
+    out, lse = _bare(q, cu_q), _bare(q[..., 0], cu_q, -inf, wide_dtype(q))
     for rows, keys in document_batches(q, k, cu_q, cu_k, options, ragged):
-        o, l = rows.room(flat_out, "out", packed), rows.room(flat_lse, "lse", packed)
+        o, l = rows.room(out, "out", packed), rows.room(lse, "lse", packed)
         inputs = (side.read(y, name, packed) for name, y, side in zip("qkv", x, (rows, keys, keys)))
         forward_into(o, l, *inputs, keys.hidden(mask, options.is_causal, packed), options, space)
-        rows.write(flat_out, o), rows.write(flat_lse, l)
+        rows.write(out, o), rows.write(lse, l)
+    return out[:-1].view(q.shape), lse[:-1].view(q.shape[:3])
 
 
 def packed_backward(
-    grads: tuple[Tensor, Tensor, Tensor], dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    mask: Tensor | None, cu_q: Tensor, cu_k: Tensor, options: Options, ragged: str, space: Workspace,
-) -> None:  # fmt: skip
-    "The same with each document a sequence of its own; tokens of no document get gradients of 0."
-    packed, flat = Workspace(q.device), [grad.zero_().flatten(0, 1) for grad in grads]
-    do, *x, o, l = (y.flatten(0, 1) for y in (dout, q, k, v, out, lse))
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None,
+    cu_q: Tensor, cu_k: Tensor, options: Options, ragged: str, space: Workspace,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    "dq, dk, dv, each document a sequence of its own; tokens of no document, or keys of no query, get 0."
+    packed, grads = Workspace(q.device), [_bare(x, cu) for x, cu in ((q, cu_q), (k, cu_k), (v, cu_k))]
+    for grad in grads[1:] if q.shape[1] < k.shape[1] else ():
+        grad.zero_()
+    x = [y.flatten(0, 1) for y in (dout, q, k, v, out, lse)]
     for rows, keys in document_batches(q, k, cu_q, cu_k, options, ragged):
-        sides_of_three = rows, keys, keys
-        parts = tuple(side.room(g, n, packed) for g, n, side in zip(flat, ("dq", "dk", "dv"), sides_of_three))
-        dout_there, out_there, lse_there = (rows.read(y, n, packed) for y, n in zip((do, o, l), ("dout", "out", "lse")))
-        inputs = (side.read(y, n, packed) for y, n, side in zip(x, "qkv", sides_of_three))
-        padding = keys.hidden(mask, options.is_causal, packed)
-        backward_into(parts, dout_there, *inputs, out_there, lse_there, padding, options, space)
-        for g, part, side in zip(flat, parts, sides_of_three):
-            side.write(g, part)
+        at = rows, rows, keys, keys, rows, rows
+        inputs = [side.read(y, name, packed) for y, name, side in zip(x, ("dout", *"qkv", "out", "lse"), at)]
+        parts = tuple(side.room(g, name, packed) for g, name, side in zip(grads, ("dq", "dk", "dv"), at[1:]))
+        backward_into(parts, *inputs, keys.hidden(mask, options.is_causal, packed), options, space)
+        for grad, part, side in zip(grads, parts, at[1:]):
+            side.write(grad, part)
+    dq, dk, dv = (grad[:-1].view(y.shape) for grad, y in zip(grads, (q, k, v)))
+    return dq, dk, dv
 
 # %% ../nbs/07_improved.ipynb #8c439092
 def _options(
@@ -653,12 +672,11 @@ def forward_op(
     "Merged out and lse. Documents are `[b, docs + 1]`, of the queries and of the keys."
     how = segment_lengths, dilation_rates, is_causal, mixing, offsets, ragged, scale, backend, use_tf32
     options, space = _options(q, mask, *how, False), Workspace(q.device)
-    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide_dtype(q))
     with tf32(use_tf32, q):
-        if cu_q is None or cu_k is None:
-            forward_into(out, lse, q, k, v, mask, options, space)
-        else:
-            packed_forward(out, lse, q, k, v, mask, cu_q, cu_k, options, ragged, space)
+        if cu_q is not None and cu_k is not None:
+            return packed_forward(q, k, v, mask, cu_q, cu_k, options, ragged, space)
+        out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide_dtype(q))
+        forward_into(out, lse, q, k, v, mask, options, space)
     return out, lse
 
 
@@ -672,12 +690,11 @@ def backward_op(
     "dq, dk, dv."
     how = segment_lengths, dilation_rates, is_causal, mixing, offsets, ragged, scale, backend, use_tf32
     options, space = _options(q, mask, *how, True), Workspace(q.device)
-    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     with tf32(use_tf32, q):
-        if cu_q is None or cu_k is None:
-            backward_into(grads, dout, q, k, v, out, lse, mask, options, space)
-        else:
-            packed_backward(grads, dout, q, k, v, out, lse, mask, cu_q, cu_k, options, ragged, space)
+        if cu_q is not None and cu_k is not None:
+            return packed_backward(dout, q, k, v, out, lse, mask, cu_q, cu_k, options, ragged, space)
+        grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+        backward_into(grads, dout, q, k, v, out, lse, mask, options, space)
     return grads
 
 
