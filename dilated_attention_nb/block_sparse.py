@@ -36,7 +36,7 @@ from dilated_attention_nb.config import (
     check_qkv,
     complaint,
 )
-from .partial import attend_forward, cast_like_autocast, resolve_backend
+from .partial import attend_forward, cast_like_autocast, resolve_backend, wide_dtype
 
 # %% ../nbs/08_block_sparse.ipynb #2f31b802
 def pooled(
@@ -167,7 +167,8 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        return grads[0], torch.linalg.vector_norm(grads[0], dim=(1, 2, 3), dtype=torch.float32)
+        length = torch.linalg.vector_norm(grads[0], dim=(1, 2, 3), dtype=wide_dtype(grads[0]))
+        return grads[0], length.float()
 
 # %% ../nbs/08_block_sparse.ipynb #0b2ebd07
 def _check_branches(config: SparseAttentionConfig, num_heads: int) -> None:
