@@ -145,7 +145,7 @@ def scorer_loss(
     is_causal: bool,
 ) -> Float[Tensor, " b"]:
     "Cross-entropy of the scores of some rows with the shares of attention (SeerAttention, section 3.3), by sequence."
-    scores = torch.einsum("bihr,bjhr->bhij", of_q[:, rows].float(), of_k.float())
+    scores = torch.einsum("bihr,bjhr->bhij", of_q[:, rows], of_k).float()  # autocast multiplies in half precision
     if is_causal:
         own = rows + of_k.shape[1] - of_q.shape[1]
         scores = scores.masked_fill(torch.arange(of_k.shape[1], device=rows.device) > own[:, None], -1e30)
@@ -292,7 +292,8 @@ class BlockSparseAttention(ConfiguredModule):
     def _lists(self, q: Tensor, n: int, is_causal: bool) -> tuple[Tensor, Tensor]:
         "The indices for the last of `n` tokens. In a traced call an operator makes them, whatever the length then is."
         recipe = _recipe(self.config, q.shape[2], is_causal)
-        if torch.compiler.is_compiling() or isinstance(q, FakeTensor):
+        transformed = torch._C._are_functorch_transforms_active()  # vmap lets nobody draw random blocks
+        if torch.compiler.is_compiling() or isinstance(q, FakeTensor) or transformed:
             num, index = lists_op(self.config.pattern_type, n, q.shape[1], *recipe.values())
             return num, index
         pattern = self.pattern(n, q.shape[2], is_causal).last(q.shape[1])

@@ -1019,7 +1019,7 @@ def test_a_gradient_scaler_gives_the_scorer_what_it_gets_without():
         scaler.step(optimizer)
         steps.append([p - before.float() for p, before in zip(made.parameters(), attention.parameters())])
     for a, b in zip(*steps):
-        assert a.norm() > 0 and torch.allclose(a, b, rtol=0.02, atol=0.02 * a.norm())
+        assert a.norm() > 0 and torch.allclose(a, b, rtol=0.02, atol=0.02 * float(a.norm()))
 
 
 def test_infinite_gradients_reach_the_scorer_so_that_its_step_is_skipped():
@@ -1146,8 +1146,11 @@ def test_flops_are_those_of_kept_blocks(name, is_causal):
 LENGTHS = (64, 48, 100, 33, 128)
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("name", ["local_window", "random", "adaptive"])
+slow_ones = [pytest.param(name, marks=pytest.mark.slow) for name in ("random", "adaptive")]
+
+
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["local_window", *slow_ones])
 def test_compiled_at_several_lengths(name, dynamic):
     own = ADAPTIVE if name == "adaptive" else dict(pattern_type=name)
     attention = BlockSparseAttention(config(sparsity_ratio=0.5, **own))
@@ -1170,8 +1173,8 @@ def test_late_queries_compiled():
         same(compiled(q[:, past:], k, v, True), attention(q[:, past:], k, v, True))
 
 
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("name", ["dilated_sparse", "random", "adaptive"])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["dilated_sparse", *slow_ones])
 def test_exported(name, strict):
     "For one length and for any; what is exported can be trained (the scorer learns in Python only)."
     own = ADAPTIVE if name == "adaptive" else dict(pattern_type=name)
