@@ -33,6 +33,7 @@ from .block_patterns import block_pattern
 from .block_sparse import block_sparse_attention
 from .config import DilatedAttentionConfig, RingAttentionConfig, check_int, complaint
 from .dilated import DilatedAttention
+from .files import read_json, write_file
 from .improved import dilated_attention
 from .masking import clipped, tiles
 from .partial import attend
@@ -362,7 +363,7 @@ def run_sections(
             for row in missing_rows(stored[name], fresh):
                 print(f"not measured again: {name}, {row}")
         else:
-            results.write_text(json.dumps(stored | {name: fresh}, indent=1) + "\n")
+            write_file(results, json.dumps(stored | {name: fresh}, indent=1) + "\n")
     for regression in worse:
         print(f"worse: {regression}")
     return 1 if worse else 0
@@ -371,7 +372,7 @@ def run_sections(
 def read_results(path: Path | str) -> dict[str, Any]:
     "The stored sections of a file of results; none if there is no such file."
     path = Path(path)
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def show_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ __all__ = ['DilatedAttention']
 from math import inf, log
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import dropout
 
@@ -19,11 +19,13 @@ from dilated_attention_nb.config import (
     DilatedAttentionConfig,
     check_choice,
     check_config,
+    check_documents,
     check_flag,
     check_heads,
     check_length,
     check_placement,
     check_qkv,
+    readable,
 )
 from .masking import Grid, Piece, Tile, clipped, tiles
 from .partial import attend, cast_like_autocast, merge
@@ -103,6 +105,7 @@ class DilatedAttention(ConfiguredModule):
         v: Float[Tensor, "b nk hk d"],
         is_causal: bool = False,
         key_padding_mask: Bool[Tensor, "b nk"] | None = None,  # True is padding
+        cu_seqlens: Int[Tensor, " docs+1"] | None = None,  # where packed documents end, from 0 to nk; batch 1
     ) -> Float[Tensor, "b nq h d"]:
         "Queries are the last positions. Rows without keys are 0. Raises `ValueError` or `TypeError` for bad input."
         c = self.config
@@ -116,6 +119,16 @@ class DilatedAttention(ConfiguredModule):
                 "use_tf32=False needs ImprovedDilatedAttention: autograd's backward pass would ignore it here"
             )
         check_heads(q.shape[2], c.num_branches, c.mixing)
+        if cu_seqlens is None:
+            out = self._attend(q, k, v, is_causal, key_padding_mask)
+        else:
+            check_documents(cu_seqlens, None, q, k)
+            out = self._packed(q, k, v, is_causal, key_padding_mask, cu_seqlens)
+        return dropout(out, c.dropout, self.training)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, mask: Tensor | None) -> Tensor:
+        "One tile after the other."
+        c = self.config
         check_length(k.shape[1], c.segment_lengths, c.ragged)
         wide = torch.promote_types(q.dtype, torch.float32)
         lse = torch.full(q.shape[:3], -inf, dtype=wide, device=q.device)
@@ -124,9 +137,20 @@ class DilatedAttention(ConfiguredModule):
         lengths, zeros = clipped(c.segment_lengths, k.shape[1]), c.ragged == "zeros" and not is_causal
         sizes = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
         for tile in tiles(*sizes, lengths, c.dilation_rates, c.mixing, c.offsets, zeros):
-            out, lse = merge(out, lse, *attend_tile(q, k, v, tile, is_causal, key_padding_mask, self.backend))
+            out, lse = merge(out, lse, *attend_tile(q, k, v, tile, is_causal, mask, self.backend))
         out = out / c.num_branches if c.mixing == "groups" else out
-        return dropout(out.to(q.dtype), c.dropout, self.training)
+        return out.to(q.dtype)
+
+    def _packed(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, mask: Tensor | None, ends: Tensor) -> Tensor:
+        "One document after the other."
+        if not readable(ends):
+            raise NotImplementedError(
+                "DilatedAttention reads cu_seqlens; trace ImprovedDilatedAttention, which needn't"
+            )
+        lengths = ends.diff().tolist()
+        masks = [None] * len(lengths) if mask is None else mask.split(lengths, 1)
+        documents = zip(*(x.split(lengths, 1) for x in (q, k, v)), masks)
+        return torch.cat([self._attend(*x, is_causal, m) if x[0].shape[1] else x[0] for *x, m in documents], 1)
 
     def extra_repr(self) -> str:
         return f"{self.config}, backend={self.backend!r}"

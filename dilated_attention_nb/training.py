@@ -6,11 +6,10 @@
 __all__ = ['SKIPPED', 'SEPARATOR', 'VOCAB', 'STAGES', 'MODULE', 'DEFAULTS', 'text_files', 'held_out', 'Corpus', 'to_tokens',
            'to_bytes', 'read_corpus', 'TrainingConfig', 'make_plan', 'plan_of_steps', 'stage_of', 'mixed_seed',
            'training_batch', 'learning_rate', 'NgramEmbedding', 'make_model', 'make_optimizers', 'train_step',
-           'autocast', 'fast_dtype', 'write_file', 'state_tensors', 'save_checkpoint', 'load_checkpoint',
-           'bits_per_byte', 'compressed_bits_per_byte', 'with_branches', 'forward_seconds', 'sample_tokens',
-           'noted_signals', 'train', 'read_metrics', 'sequence_worker', 'origin', 'context_lengths', 'finish',
-           'load_run', 'table', 'parse', 'new_folder', 'calibrated_seconds', 'choose_device', 'start_run', 'resume_run',
-           'demo']
+           'autocast', 'fast_dtype', 'state_tensors', 'save_checkpoint', 'load_checkpoint', 'bits_per_byte',
+           'compressed_bits_per_byte', 'with_branches', 'forward_seconds', 'sample_tokens', 'noted_signals', 'train',
+           'read_metrics', 'sequence_worker', 'origin', 'context_lengths', 'finish', 'load_run', 'table', 'parse',
+           'new_folder', 'calibrated_seconds', 'choose_device', 'start_run', 'resume_run', 'demo']
 
 # %% ../nbs/15_training.ipynb #c17f4f5f
 import argparse
@@ -54,6 +53,7 @@ from dilated_attention_nb.config import (
     complaint,
 )
 from .decoding import generate
+from .files import write_file
 from .longnet import LongNet, LongNetConfig
 from .plotting import plot_curves, plot_training, save_figure
 from .sharded import Team, joined_team
@@ -324,16 +324,6 @@ def fast_dtype(device: str) -> str:
     return "bfloat16" if device == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
 
 # %% ../nbs/15_training.ipynb #a5cb6a01
-def write_file(path: Path, data: bytes | str) -> None:
-    "Write all or nothing: what stood at `path` stays until the new content is on the disk."
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
 def state_tensors(model: LongNet, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
     "Parameters as `model.NAME`, what optimizers remember as `optimizer.NUMBER.PARAMETER.NAME`."
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
