@@ -239,17 +239,6 @@ def _cleared(mask: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors if mask is None else tuple(x.masked_fill(mask[:, :, None, None], 0.0) for x in tensors)
 
 
-def _quiet(mask: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
-    "dout, q, out and lse with 0 in queries that are padding and not finite, whose gradients would reach the keys."
-    if mask is None:
-        return tensors
-    finite = torch.stack([x.flatten(2).isfinite().all(2) for x in tensors[:3]]).all(0)
-    spoilt = mask[:, -tensors[0].shape[1] :] & ~finite
-    if not bool(spoilt.any()):
-        return tensors
-    return tuple(x.masked_fill(spoilt.view(*spoilt.shape, *[1] * (x.dim() - 2)), 0.0) for x in tensors)
-
-
 @torch.library.custom_op("dilated_attention_nb::block_sparse_forward", mutates_args=())
 def sparse_forward_op(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, num: Tensor, index: Tensor, size: int, is_causal: bool,
@@ -277,7 +266,6 @@ def sparse_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     "dq, dk, dv."
     kv_heads, (k, v), strung = k.shape[2], _repeated(q, *_cleared(mask, k, v)), _irregular(num, index)
-    dout, q, out, lse = _quiet(mask, dout, q, out, lse)
     do, bq, bk, bv, o, l = (_blocks(x, size) for x in (dout, q, k, v, out, lse))
     dk, dv = q.new_empty(bk.shape), q.new_empty(bv.shape)
     l = _string(l) if strung else l
@@ -322,6 +310,15 @@ def _fold(
     return [x if x is None else x.expand(size, batch, *x.shape[2:]).flatten(0, 1) for x in wide] + rest
 
 
+def _quiet(mask: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    "dout, q, out and lse with 0 in queries that are padding and not finite, whose gradients would reach the keys."
+    if mask is None:
+        return tensors
+    finite = torch.stack([x.flatten(2).isfinite().all(2) for x in tensors[:3]]).all(0)
+    spoilt = mask[:, mask.shape[1] - finite.shape[1] :] & ~finite
+    return tuple(x.masked_fill(spoilt.view(*spoilt.shape, *[1] * (x.dim() - 2)), 0.0) for x in tensors)
+
+
 class _Forward(torch.autograd.Function):
     "The forward operator."
 
@@ -343,8 +340,10 @@ class _Forward(torch.autograd.Function):
         nothing = (None,) * (3 + len(ctx.options))
         if dout is None:
             return None, None, None, *nothing
+        q, k, v, out, lse, mask, *lists = ctx.saved_tensors
+        dout, q, out, lse = _quiet(mask, dout, q, out, lse)
         run: Any = sparse_backward_op if torch.compiler.is_compiling() else _Backward.apply
-        return *run(dout, *ctx.saved_tensors, *ctx.options), *nothing
+        return *run(dout, q, k, v, out, lse, mask, *lists, *ctx.options), *nothing
 
     @staticmethod
     def vmap(info: Any, dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
