@@ -214,6 +214,7 @@ if TYPE_CHECKING:
         block_shares as block_shares,
         pooled as pooled,
         scorer_loss as scorer_loss,
+        some_rows as some_rows,
     )
     from dilated_attention_nb import sharding as sharding
     from dilated_attention_nb.sharding import (
@@ -616,6 +617,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "block_shares",
         "pooled",
         "scorer_loss",
+        "some_rows",
     ),
     "sharding": (
         "gather_sequence",
@@ -818,7 +820,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     ),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
-_COMPLETED: dict[str, tuple[str, ...]] = {"_lists": ("block_sparse",), "LongNet": ("decoding", "pretrained",), "LongNetEncoder": ("pretrained",), "GigaPathSlideEncoder": ("pretrained",)}  # classes that later modules give methods
+_COMPLETED: dict[str, tuple[str, ...]] = {"LongNet": ("decoding", "pretrained",), "LongNetEncoder": ("pretrained",), "GigaPathSlideEncoder": ("pretrained",)}  # classes that later modules give methods
 
 __all__ = [
     "__version__",
@@ -1104,6 +1106,7 @@ __all__ = [
     "single_losses",
     "slide_segment_lengths",
     "smoothed",
+    "some_rows",
     "spawn_gloo",
     "stage_layers",
     "stage_of",
