@@ -24,8 +24,10 @@ if TYPE_CHECKING:
         DistributedConfig as DistributedConfig,
         EVICTION_POLICIES as EVICTION_POLICIES,
         FLOAT_DTYPES as FLOAT_DTYPES,
+        LARGEST as LARGEST,
         LAYER_BACKENDS as LAYER_BACKENDS,
         MIXINGS as MIXINGS,
+        MOST_BRANCHES as MOST_BRANCHES,
         MemoryPoolConfig as MemoryPoolConfig,
         MultiheadConfig as MultiheadConfig,
         OFFSETS as OFFSETS,
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
         RingAttentionConfig as RingAttentionConfig,
         SPARSE_PATTERNS as SPARSE_PATTERNS,
         SparseAttentionConfig as SparseAttentionConfig,
+        WIDEST as WIDEST,
         check_alike as check_alike,
         check_block_size as check_block_size,
         check_branches as check_branches,
@@ -60,10 +63,30 @@ if TYPE_CHECKING:
         check_qkv as check_qkv,
         check_ratio as check_ratio,
         check_scale as check_scale,
+        check_unshifted as check_unshifted,
         complaint as complaint,
         nearest as nearest,
+        parse_json as parse_json,
+        row_shifts as row_shifts,
         shown as shown,
         valid_lengths as valid_lengths,
+    )
+    from dilated_attention_nb import files as files
+    from dilated_attention_nb.files import (
+        Lines as Lines,
+        TensorFile as TensorFile,
+        check_file as check_file,
+        open_tensors as open_tensors,
+        owned as owned,
+        read_bytes as read_bytes,
+        read_json as read_json,
+        read_lines as read_lines,
+        settled as settled,
+        stored_config as stored_config,
+        sync_folder as sync_folder,
+        unreadable as unreadable,
+        write_file as write_file,
+        write_tensors as write_tensors,
     )
     from dilated_attention_nb import testing as testing
     from dilated_attention_nb.testing import (
@@ -131,6 +154,7 @@ if TYPE_CHECKING:
         branch_mask as branch_mask,
         causal_mask as causal_mask,
         clipped as clipped,
+        fill_segments as fill_segments,
         grid_pairs as grid_pairs,
         head_groups as head_groups,
         kv_runs as kv_runs,
@@ -169,6 +193,7 @@ if TYPE_CHECKING:
     from dilated_attention_nb import improved as improved
     from dilated_attention_nb.improved import (
         ImprovedDilatedAttention as ImprovedDilatedAttention,
+        Packing as Packing,
         dilated_attention as dilated_attention,
     )
     from dilated_attention_nb import block_patterns as block_patterns
@@ -189,6 +214,7 @@ if TYPE_CHECKING:
         block_shares as block_shares,
         pooled as pooled,
         scorer_loss as scorer_loss,
+        some_rows as some_rows,
     )
     from dilated_attention_nb import sharding as sharding
     from dilated_attention_nb.sharding import (
@@ -236,6 +262,7 @@ if TYPE_CHECKING:
     )
     from dilated_attention_nb import longnet as longnet
     from dilated_attention_nb.longnet import (
+        DEEPEST as DEEPEST,
         FeedForward as FeedForward,
         LARGEST_EXPONENT as LARGEST_EXPONENT,
         LayerStack as LayerStack,
@@ -289,10 +316,12 @@ if TYPE_CHECKING:
         GigaPathSlideEncoder as GigaPathSlideEncoder,
         attention_rollout as attention_rollout,
         position_codes as position_codes,
+        slide_segment_lengths as slide_segment_lengths,
         tile_cells as tile_cells,
     )
     from dilated_attention_nb import pretrained as pretrained
     from dilated_attention_nb.pretrained import (
+        check_fit as check_fit,
         fill_exactly as fill_exactly,
         from_pretrained as from_pretrained,
         read_tensors as read_tensors,
@@ -355,7 +384,6 @@ if TYPE_CHECKING:
         train_step as train_step,
         training_batch as training_batch,
         with_branches as with_branches,
-        write_file as write_file,
     )
     from dilated_attention_nb import distributed as distributed
     from dilated_attention_nb.distributed import (
@@ -412,8 +440,10 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "DistributedConfig",
         "EVICTION_POLICIES",
         "FLOAT_DTYPES",
+        "LARGEST",
         "LAYER_BACKENDS",
         "MIXINGS",
+        "MOST_BRANCHES",
         "MemoryPoolConfig",
         "MultiheadConfig",
         "OFFSETS",
@@ -424,6 +454,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "RingAttentionConfig",
         "SPARSE_PATTERNS",
         "SparseAttentionConfig",
+        "WIDEST",
         "check_alike",
         "check_block_size",
         "check_branches",
@@ -448,10 +479,29 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "check_qkv",
         "check_ratio",
         "check_scale",
+        "check_unshifted",
         "complaint",
         "nearest",
+        "parse_json",
+        "row_shifts",
         "shown",
         "valid_lengths",
+    ),
+    "files": (
+        "Lines",
+        "TensorFile",
+        "check_file",
+        "open_tensors",
+        "owned",
+        "read_bytes",
+        "read_json",
+        "read_lines",
+        "settled",
+        "stored_config",
+        "sync_folder",
+        "unreadable",
+        "write_file",
+        "write_tensors",
     ),
     "testing": (
         "AttentionCase",
@@ -515,6 +565,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "branch_mask",
         "causal_mask",
         "clipped",
+        "fill_segments",
         "grid_pairs",
         "head_groups",
         "kv_runs",
@@ -547,6 +598,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     ),
     "improved": (
         "ImprovedDilatedAttention",
+        "Packing",
         "dilated_attention",
     ),
     "block_patterns": (
@@ -565,6 +617,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "block_shares",
         "pooled",
         "scorer_loss",
+        "some_rows",
     ),
     "sharding": (
         "gather_sequence",
@@ -609,6 +662,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "resolve_kind",
     ),
     "longnet": (
+        "DEEPEST",
         "FeedForward",
         "LARGEST_EXPONENT",
         "LayerStack",
@@ -658,9 +712,11 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "GigaPathSlideEncoder",
         "attention_rollout",
         "position_codes",
+        "slide_segment_lengths",
         "tile_cells",
     ),
     "pretrained": (
+        "check_fit",
         "fill_exactly",
         "from_pretrained",
         "read_tensors",
@@ -721,7 +777,6 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "train_step",
         "training_batch",
         "with_branches",
-        "write_file",
     ),
     "distributed": (
         "DIMENSIONS",
@@ -765,7 +820,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     ),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
-_COMPLETED: dict[str, tuple[str, ...]] = {"_lists": ("block_sparse",), "LongNet": ("decoding", "pretrained",), "LongNetEncoder": ("pretrained",), "GigaPathSlideEncoder": ("pretrained",)}  # classes that later modules give methods
+_COMPLETED: dict[str, tuple[str, ...]] = {"LongNet": ("decoding", "pretrained",), "LongNetEncoder": ("pretrained",), "GigaPathSlideEncoder": ("pretrained",)}  # classes that later modules give methods
 
 __all__ = [
     "__version__",
@@ -785,6 +840,7 @@ __all__ = [
     "ConfiguredModule",
     "Corpus",
     "DATA_ENGINES",
+    "DEEPEST",
     "DEFAULTS",
     "DIMENSIONS",
     "DISTRIBUTED_BACKENDS",
@@ -806,10 +862,12 @@ __all__ = [
     "KERNELS",
     "KINDS",
     "KVCache",
+    "LARGEST",
     "LARGEST_EXPONENT",
     "LAYER_BACKENDS",
     "LONGEST_WEIGHTS",
     "LayerStack",
+    "Lines",
     "LongNet",
     "LongNetCache",
     "LongNetConfig",
@@ -819,6 +877,7 @@ __all__ = [
     "MARKERS",
     "MIXINGS",
     "MODULE",
+    "MOST_BRANCHES",
     "MeanLoss",
     "MeanOverRanks",
     "MemoryPoolConfig",
@@ -831,6 +890,7 @@ __all__ = [
     "PAPER",
     "PIPELINE_SCHEDULES",
     "POSITIONS",
+    "Packing",
     "PatternCache",
     "PeakMemory",
     "Piece",
@@ -850,11 +910,13 @@ __all__ = [
     "SavedTensors",
     "SparseAttentionConfig",
     "Team",
+    "TensorFile",
     "Tile",
     "Traffic",
     "TrainingConfig",
     "UnifiedMemoryPool",
     "VOCAB",
+    "WIDEST",
     "assert_batch_independent",
     "assert_causal",
     "assert_within_budget",
@@ -893,6 +955,8 @@ __all__ = [
     "check_drawing",
     "check_dropout",
     "check_dtype",
+    "check_file",
+    "check_fit",
     "check_flag",
     "check_floats",
     "check_head_dim",
@@ -913,6 +977,7 @@ __all__ = [
     "check_share",
     "check_supported",
     "check_tensor_shards",
+    "check_unshifted",
     "choose_device",
     "clipped",
     "complaint",
@@ -934,6 +999,7 @@ __all__ = [
     "error_budget",
     "fast_dtype",
     "fill_exactly",
+    "fill_segments",
     "finest_branch",
     "finish",
     "forward_seconds",
@@ -977,12 +1043,15 @@ __all__ = [
     "nearest",
     "new_folder",
     "noted_signals",
+    "open_tensors",
     "oracle_attention",
     "oracle_counts",
     "origin",
+    "owned",
     "parameter_counts",
     "parse",
     "parse_elastic",
+    "parse_json",
     "pattern_codes",
     "peak_memory",
     "plain_attention",
@@ -1002,7 +1071,10 @@ __all__ = [
     "put_training_tensors",
     "rank_memory",
     "reached",
+    "read_bytes",
     "read_corpus",
+    "read_json",
+    "read_lines",
     "read_metrics",
     "read_tensors",
     "received_rows",
@@ -1014,6 +1086,7 @@ __all__ = [
     "ring_worker",
     "rotate",
     "row_classes",
+    "row_shifts",
     "sample_tokens",
     "save_checkpoint",
     "save_figure",
@@ -1022,6 +1095,7 @@ __all__ = [
     "scorer_loss",
     "segments_of",
     "sequence_worker",
+    "settled",
     "shard_sequence",
     "sharding_worker",
     "share_in_ring",
@@ -1030,7 +1104,9 @@ __all__ = [
     "shown",
     "simulate_ring",
     "single_losses",
+    "slide_segment_lengths",
     "smoothed",
+    "some_rows",
     "spawn_gloo",
     "stage_layers",
     "stage_of",
@@ -1040,6 +1116,8 @@ __all__ = [
     "step_flops",
     "step_seconds",
     "steps_worker",
+    "stored_config",
+    "sync_folder",
     "table",
     "text_files",
     "tile_cells",
@@ -1053,9 +1131,11 @@ __all__ = [
     "train_step",
     "training_batch",
     "training_tensors",
+    "unreadable",
     "valid_lengths",
     "with_branches",
     "write_file",
+    "write_tensors",
     "zigzag_parts",
 ]
 

@@ -33,6 +33,7 @@ from .block_patterns import block_pattern
 from .block_sparse import block_sparse_attention
 from .config import DilatedAttentionConfig, RingAttentionConfig, check_int, complaint
 from .dilated import DilatedAttention
+from .files import read_json, write_file
 from .improved import dilated_attention
 from .masking import clipped, tiles
 from .partial import attend
@@ -186,7 +187,9 @@ def torchscale_attention(
     is_causal: bool = False,
     exact: bool = False,  # gradients through the weights of the branches; the original has none
 ) -> Float[Tensor, "b n h d"]:
-    """Softmax mixing by the method of torchscale, for comparison: same values with `ragged="zeros"`, other gradients.
+    """Softmax mixing by the method of torchscale, for comparison; with `ragged="zeros"` ours has other gradients only.
+
+    That is so where rates divide segment lengths: the rows that torchscale shifts elsewhere are left out here.
 
     LongNet, Ding et al. 2023, arXiv:2307.02486, equations 13 to 15.
     """
@@ -362,7 +365,7 @@ def run_sections(
             for row in missing_rows(stored[name], fresh):
                 print(f"not measured again: {name}, {row}")
         else:
-            results.write_text(json.dumps(stored | {name: fresh}, indent=1) + "\n")
+            write_file(results, json.dumps(stored | {name: fresh}, indent=1) + "\n")
     for regression in worse:
         print(f"worse: {regression}")
     return 1 if worse else 0
@@ -371,7 +374,7 @@ def run_sections(
 def read_results(path: Path | str) -> dict[str, Any]:
     "The stored sections of a file of results; none if there is no such file."
     path = Path(path)
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def show_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -30,6 +30,7 @@ from dilated_attention_nb.config import (
     check_ints,
     check_ratio,
     complaint,
+    renew_in_forks,
 )
 from .masking import causal_mask, head_groups
 
@@ -123,6 +124,8 @@ class BlockPattern:
 
     def last(self, queries: int) -> "BlockPattern":
         "The pattern of the last `queries` positions."
+        if queries == self.seq_lens[0]:
+            return self
         rows = -(-queries // self.block_size)
         num, index = self.kv_num_blocks[:, :, -rows:], self.kv_indices[:, :, -rows:]
         return BlockPattern(num, index, self.block_size, (queries, self.seq_lens[1]))
@@ -186,6 +189,12 @@ def kept_blocks(n: int, ratio: float, is_causal: bool) -> tuple[Tensor, Tensor]:
     "For each of `n` rows how many blocks it may see and how many it keeps, int64."
     seen = torch.arange(1, n + 1) if is_causal else torch.full((n,), n)
     return seen, (seen * ratio).round().long().clamp(min=1).minimum(seen)
+
+
+def width(cols: int, ratio: float) -> int:
+    "Room for the most blocks that a row of `cols` can keep; above 1, so that a tracer sees no special case."
+    most: int = torch.sym_int(cols * ratio) + 2
+    return most
 
 
 _CHUNK = 2**21  # indices made at a time
@@ -338,7 +347,7 @@ def block_pattern(
     check_flag("is_causal", is_causal)
     ratio, size = check_ratio("sparsity_ratio", sparsity_ratio), check_block_size("block_size", block_size)
     heads, rows = check_int("num_heads", num_heads), -(-check_int("n", n) // size)
-    given = (n,) if segment_lengths is None else segment_lengths
+    given = (n,) * len(dilation_rates or (1,)) if segment_lengths is None else segment_lengths
     lengths, rates = check_branches(given, dilation_rates or (max(1, round(1 / ratio)),) * len(given))
     how = (rows, ratio, is_causal)
     if pattern_type == "dilated_sparse":
@@ -362,6 +371,11 @@ class PatternCache:
         self.max_entries = check_int("max_entries", max_entries)
         self.max_bytes = check_int("max_bytes", max_bytes)
         self.made = 0  # patterns generated so far
+        self.renew()
+        renew_in_forks(self)
+
+    def renew(self) -> None:
+        "Begin anew, as a forked process must: the thread that makes a pattern, or holds the lock, isn't there."
         self._lock = threading.Lock()
         self._kept: OrderedDict[Any, Future[BlockPattern]] = OrderedDict()
 

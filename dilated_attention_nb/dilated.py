@@ -6,10 +6,11 @@
 __all__ = ['DilatedAttention']
 
 # %% ../nbs/06_dilated.ipynb #f4051623
+from collections.abc import Iterator
 from math import inf, log
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import dropout
 
@@ -19,13 +20,17 @@ from dilated_attention_nb.config import (
     DilatedAttentionConfig,
     check_choice,
     check_config,
+    check_documents,
     check_flag,
     check_heads,
     check_length,
     check_placement,
     check_qkv,
+    check_unshifted,
+    readable,
+    row_shifts,
 )
-from .masking import Grid, Piece, Tile, clipped, tiles
+from .masking import Grid, Piece, Tile, clipped, fill_segments, tiles
 from .partial import attend, cast_like_autocast, merge
 
 # %% ../nbs/06_dilated.ipynb #e3182603
@@ -103,6 +108,7 @@ class DilatedAttention(ConfiguredModule):
         v: Float[Tensor, "b nk hk d"],
         is_causal: bool = False,
         key_padding_mask: Bool[Tensor, "b nk"] | None = None,  # True is padding
+        cu_seqlens: Int[Tensor, " docs+1"] | None = None,  # where packed documents end, from 0 to nk; batch 1
     ) -> Float[Tensor, "b nq h d"]:
         "Queries are the last positions. Rows without keys are 0. Raises `ValueError` or `TypeError` for bad input."
         c = self.config
@@ -116,17 +122,58 @@ class DilatedAttention(ConfiguredModule):
                 "use_tf32=False needs ImprovedDilatedAttention: autograd's backward pass would ignore it here"
             )
         check_heads(q.shape[2], c.num_branches, c.mixing)
+        if cu_seqlens is None:
+            out = self._attend(q, k, v, is_causal, key_padding_mask)
+        else:
+            check_documents(cu_seqlens, None, q, k)
+            out = self._packed(q, k, v, is_causal, key_padding_mask, cu_seqlens)
+        return dropout(out, c.dropout, self.training)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, mask: Tensor | None) -> Tensor:
+        "One tile after the other."
+        c = self.config
         check_length(k.shape[1], c.segment_lengths, c.ragged)
+        if q.shape[1] < k.shape[1]:
+            check_unshifted(k.shape[1], c.segment_lengths, c.dilation_rates, c.ragged, "with fewer queries than keys")
         wide = torch.promote_types(q.dtype, torch.float32)
         lse = torch.full(q.shape[:3], -inf, dtype=wide, device=q.device)
         nothing = sum(x[:, :0].sum(dtype=wide) for x in (q, k, v))  # 0 with a gradient of 0, if no row is on any grid
         out = torch.zeros_like(q, dtype=wide) + nothing
         lengths, zeros = clipped(c.segment_lengths, k.shape[1]), c.ragged == "zeros" and not is_causal
         sizes = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
-        for tile in tiles(*sizes, lengths, c.dilation_rates, c.mixing, c.offsets, zeros):
-            out, lse = merge(out, lse, *attend_tile(q, k, v, tile, is_causal, key_padding_mask, self.backend))
+        shifts = row_shifts(k.shape[1], c.segment_lengths, c.dilation_rates, c.ragged)
+        unmoved = tuple(g for g, p in enumerate(shifts) if not p)
+        for tile in tiles(*sizes, lengths, c.dilation_rates, c.mixing, c.offsets, zeros, only=unmoved):
+            out, lse = merge(out, lse, *attend_tile(q, k, v, tile, is_causal, mask, self.backend))
+        for g, p in enumerate(shifts):
+            for pair in self._shifted(q, k, v, is_causal, mask, g, p) if p else ():
+                out, lse = merge(out, lse, *pair)
         out = out / c.num_branches if c.mixing == "groups" else out
-        return dropout(out.to(q.dtype), c.dropout, self.training)
+        return out.to(q.dtype)
+
+    def _shifted(
+        self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, mask: Tensor | None, g: int, p: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        "The pairs of a branch whose rows `ragged='zeros'` shifts: those of its filled segments, read row by row."
+        c, (_, n, h, _) = self.config, q.shape
+        w, heads = c.segment_lengths[g], (h, k.shape[2])
+        q, k, v = (fill_segments(x, w, p) for x in (q, k, v))
+        mask = None if mask is None else fill_segments(mask, w, p)
+        how = (w + p,) * c.num_branches, c.dilation_rates, c.mixing, c.offsets
+        for tile in tiles(q.shape[1], q.shape[1], *heads, *how, only=(g,), filled=p):
+            out, lse = attend_tile(q, k, v, tile, is_causal, mask, self.backend)
+            yield out[:, :n], lse[:, :n]
+
+    def _packed(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, mask: Tensor | None, ends: Tensor) -> Tensor:
+        "One document after the other."
+        if not readable(ends):
+            raise NotImplementedError(
+                "DilatedAttention reads cu_seqlens; trace ImprovedDilatedAttention, which needn't"
+            )
+        lengths = ends.diff().tolist()
+        masks = [None] * len(lengths) if mask is None else mask.split(lengths, 1)
+        documents = zip(*(x.split(lengths, 1) for x in (q, k, v)), masks)
+        return torch.cat([self._attend(*x, is_causal, m) if x[0].shape[1] else x[0] for *x, m in documents], 1)
 
     def extra_repr(self) -> str:
         return f"{self.config}, backend={self.backend!r}"

@@ -20,7 +20,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .config import MemoryPoolConfig, check_device, check_flag, check_int, complaint, shown
+from dilated_attention_nb.config import (
+    MemoryPoolConfig,
+    check_device,
+    check_flag,
+    check_int,
+    complaint,
+    renew_in_forks,
+    shown,
+)
 
 # %% ../nbs/03_memory_pool.ipynb #8664ba73
 class Kind(NamedTuple):
@@ -285,12 +293,24 @@ class UnifiedMemoryPool:
         self.device = check_device("device", device) or torch.device("cpu")
         self.memory = memory_limit(self.device)
         self.max_bytes = self.config.max_bytes or self.memory // 8
+        self._dropped: deque[Loan] = deque()  # filled by the garbage collector, at any time, in any thread
+        self._loans: dict[int, Loan] = {}
+        self._inherited: list[Block] = []  # memory of a GPU, which a forked process can't give back
+        self._shelf = Shelf(self.config)
+        self.renew()
+        renew_in_forks(self)
+
+    def renew(self) -> None:
+        "Begin anew with what is lent: in a forked process all else may be half done, by a thread that isn't there."
+        loans = {number: loan for number, loan in self._loans.items() if loan() is not None}
+        kept = (block for blocks in self._shelf.blocks.values() for block in blocks)
+        self._inherited += [block for block in kept if block.kind.pinned or self.device.type != "cpu"]
         self._lock = Lock()  # guards all that follows; held neither while memory is allocated nor freed
         self._shelf = Shelf(self.config)
-        self._loans: dict[int, Loan] = {}
-        self._dropped: deque[Loan] = deque()  # filled by the garbage collector, at any time, in any thread
-        self._lent = self._peak = 0  # bytes
+        self._loans = loans
+        self._lent = self._peak = sum(loan.block.kind.nbytes for loan in loans.values())
         self._count = Counter(hits=0, misses=0, evictions=0, hot_cache_hits=0, allocations=0, dropped=0, discarded=0)
+        self._count.update(misses=len(loans), allocations=len(loans))
 
     def get_buffer(
         self,
@@ -355,12 +375,15 @@ class UnifiedMemoryPool:
             self.return_buffer(tensor, key)
 
     def trim(self, target_bytes: int) -> int:
-        "Let go of kept buffers until they take at most `target_bytes`; the bytes that went. Lent ones stay lent."
-        check_int("target_bytes", target_bytes, low=0)
+        """Let go of kept buffers until they take at most `target_bytes`; the bytes that went. Lent ones stay lent.
+
+        A target of 0 lets go of all, those without a byte too.
+        """
+        room = check_int("target_bytes", target_bytes, low=0) or -1
         with self._lock:
             gone = self._settle()
             before = self._shelf.nbytes
-            gone += self._let_go(target_bytes)
+            gone += self._let_go(room)
             return before - self._shelf.nbytes
 
     def clear(self) -> None:

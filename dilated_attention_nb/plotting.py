@@ -9,6 +9,7 @@ __all__ = ['PALETTE', 'MARKERS', 'INK', 'PAPER', 'STYLE', 'ORIGIN', 'naive_mask'
 
 # %% ../nbs/02_plotting.ipynb #b22da9a5
 import functools
+import io
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
@@ -23,6 +24,7 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, NullFormatter
 from torch import Tensor
 
 from .config import DilatedAttentionConfig, check_heads, check_int, complaint
+from .files import write_file
 
 # %% ../nbs/02_plotting.ipynb #f91419f1
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")  # Okabe, Ito 2008
@@ -441,5 +443,7 @@ def save_figure(drawn: Figure | Axes, path: str | os.PathLike[str]) -> None:
         raise TypeError(
             complaint("drawn", "be a figure or its axes", type(drawn).__name__, "pass what a plot returned")
         )
-    figure.savefig(path, format="png", dpi=100, metadata={"Software": None})
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=100, metadata={"Software": None})
+    write_file(path, picture.getvalue())
     plt.close(figure)

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from .config import RingAttentionConfig, check_int, complaint
 from .dilated import DilatedAttention
 from .improved import ImprovedDilatedAttention
-from .longnet import LongNet, Rotation, make_rotation, token_losses
+from .longnet import LongNet, Rotation, head_losses, make_rotation
 from .ring import RingDilatedAttention, shard_sequence
 from .sharding import GroupRef, Ring, destroyed
 
@@ -54,7 +54,7 @@ def embed_share(
 ) -> Float[Tensor, "b m e"]:
     "The embeddings of the tokens at these places."
     back = getattr(embed, "context", 0)
-    pieces = (embed(tokens[:, max(0, run.start - back) : run.stop])[:, -len(run) :] for run in runs(positions))
+    pieces = (embed(tokens.long()[:, max(0, run.start - back) : run.stop])[:, -len(run) :] for run in runs(positions))
     return torch.cat(list(pieces), 1)
 
 # %% ../nbs/12c_sharded.ipynb #b54fbaa8
@@ -153,8 +153,9 @@ class LongNetShare(nn.Module):
 
     def losses(self, x: Float[Tensor, "b m e"], targets: Int[Tensor, "b n"]) -> Float[Tensor, "b m"]:
         "Of this rank's tokens, in nats."
-        weight = (self.table[0] if self.output_projection is None else self.output_projection).weight
-        return token_losses(x, weight, shard_sequence(targets, self.group, self.layout))
+        table = self.table[0] if self.output_projection is None else None
+        share = shard_sequence(targets, self.group, self.layout)
+        return head_losses(x, self.output_projection, table, share, self.config.vocab_size)
 
 # %% ../nbs/12c_sharded.ipynb #59eddeb2
 def ring_size(group: dist.ProcessGroup | None) -> int:

@@ -6,11 +6,10 @@
 __all__ = ['SKIPPED', 'SEPARATOR', 'VOCAB', 'STAGES', 'MODULE', 'DEFAULTS', 'text_files', 'held_out', 'Corpus', 'to_tokens',
            'to_bytes', 'read_corpus', 'TrainingConfig', 'make_plan', 'plan_of_steps', 'stage_of', 'mixed_seed',
            'training_batch', 'learning_rate', 'NgramEmbedding', 'make_model', 'make_optimizers', 'train_step',
-           'autocast', 'fast_dtype', 'write_file', 'state_tensors', 'save_checkpoint', 'load_checkpoint',
-           'bits_per_byte', 'compressed_bits_per_byte', 'with_branches', 'forward_seconds', 'sample_tokens',
-           'noted_signals', 'train', 'read_metrics', 'sequence_worker', 'origin', 'context_lengths', 'finish',
-           'load_run', 'table', 'parse', 'new_folder', 'calibrated_seconds', 'choose_device', 'start_run', 'resume_run',
-           'demo']
+           'autocast', 'fast_dtype', 'state_tensors', 'save_checkpoint', 'load_checkpoint', 'bits_per_byte',
+           'compressed_bits_per_byte', 'with_branches', 'forward_seconds', 'sample_tokens', 'noted_signals', 'train',
+           'read_metrics', 'sequence_worker', 'origin', 'context_lengths', 'finish', 'load_run', 'table', 'parse',
+           'new_folder', 'calibrated_seconds', 'choose_device', 'start_run', 'resume_run', 'demo']
 
 # %% ../nbs/15_training.ipynb #c17f4f5f
 import argparse
@@ -54,7 +53,9 @@ from dilated_attention_nb.config import (
     complaint,
 )
 from .decoding import generate
+from .files import write_file
 from .longnet import LongNet, LongNetConfig
+from .multihead import Start, normal_start
 from .plotting import plot_curves, plot_training, save_figure
 from .sharded import Team, joined_team
 
@@ -250,22 +251,36 @@ class NgramEmbedding(nn.Embedding):
         self.ngrams, self.rows = tuple(ngrams), rows
         self.context = max(ngrams, default=1) - 1  # tokens before its own that an embedding depends on
         self.tables = nn.ModuleList(nn.Embedding(rows, embed_dim) for _ in ngrams)
-        nn.init.normal_(self.weight, std=0.5 * embed_dim**-0.5)
-        for rows_of_table in self.tables.parameters():
-            nn.init.normal_(rows_of_table, std=0.1 * embed_dim**-0.5)
+        self.reset_parameters()
+        for table in self.tables:
+            Start(table, normal_start, 0.1 * embed_dim**-0.5)()
 
-    def hashes(self, tokens: Int[Tensor, "b n"]) -> Iterator[Int[Tensor, "b n"]]:
+    def reset_parameters(self) -> None:
+        "Of the tokens; each table has its own."
+        normal_start(self, 0.5 * self.embedding_dim**-0.5)
+
+    def hashes(
+        self, tokens: Int[Tensor, "b n"], positions: Int[Tensor, "b n"] | None = None
+    ) -> Iterator[Int[Tensor, "b n"]]:
         "For each length, the row of the tokens that end at each place. Before the first stands a `SEPARATOR`."
-        key, length = tokens, 1
+        key, length, n = tokens, 1, tokens.shape[1]
         for wanted in self.ngrams:
             for back in range(length, wanted):
-                key = (key * 1_000_003 + F.pad(tokens, (back, 0), value=SEPARATOR)[:, : tokens.shape[1]]) % (2**31 - 1)
+                before = F.pad(tokens, (back, 0), value=SEPARATOR)[:, :n]
+                if positions is not None:
+                    before = before.where(positions >= back, SEPARATOR)
+                key = (key * 1_000_003 + before) % (2**31 - 1)
             length = wanted
             yield key % self.rows
 
-    def forward(self, tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b n e"]:
+    def forward(
+        self,
+        tokens: Int[Tensor, "b n"],
+        positions: Int[Tensor, "b n"] | None = None,  # of each token in its document, beyond which it doesn't look
+    ) -> Float[Tensor, "b n e"]:
+        tokens = tokens.long()
         out = super().forward(tokens)
-        for table, rows in zip(self.tables, self.hashes(tokens)):
+        for table, rows in zip(self.tables, self.hashes(tokens, positions)):
             out = out + table(rows)
         return out
 
@@ -324,16 +339,6 @@ def fast_dtype(device: str) -> str:
     return "bfloat16" if device == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
 
 # %% ../nbs/15_training.ipynb #a5cb6a01
-def write_file(path: Path, data: bytes | str) -> None:
-    "Write all or nothing: what stood at `path` stays until the new content is on the disk."
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
 def state_tensors(model: LongNet, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
     "Parameters as `model.NAME`, what optimizers remember as `optimizer.NUMBER.PARAMETER.NAME`."
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}

@@ -40,8 +40,9 @@ FIXED = tuple(kind for kind in SPARSE_PATTERNS if kind != "adaptive")
 
 
 def config(kind="global_local", lengths=(64, 256), rates=(1, 3), **options) -> BlockSparseRingConfig:
-    "Two branches: of the pattern 'dilated_sparse' the heads have two different ones."
-    return BlockSparseRingConfig(lengths, rates, pattern_type=kind, block_size=16, **options)
+    "Two branches: of the pattern 'dilated_sparse' the heads have two different ones. Any length."
+    branches = (lengths, rates) if kind in ("dilated_sparse", "hierarchical") else ()
+    return BlockSparseRingConfig(*branches, pattern_type=kind, block_size=16, **{"ragged": "mask", **options})
 
 
 def alone(q, k, v, c, is_causal=False, mask=None):

@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dilated_attention_nb
 from dilated_attention_nb.config import DilatedAttentionConfig
-from dilated_attention_nb.gigapath import attention_rollout
+from dilated_attention_nb.gigapath import attention_rollout, slide_segment_lengths
 from dilated_attention_nb.interop import (
     DilatedMHA,
     GigaPathConfig,
@@ -146,6 +148,97 @@ def test_from_torchscale_refuses(change, message):
     given = dict(state_dict=STATE, num_heads=META["heads"], prefix="encoder.", **BRANCHES) | change
     with pytest.raises((ValueError, TypeError), match=message):
         LongNetEncoder.from_torchscale(**given)
+
+
+BARE = {name.removeprefix("encoder."): x for name, x in STATE.items() if name.startswith("encoder.")}
+
+
+def test_encoders_without_a_last_norm(tmp_path):
+    "LongViT's, `normalize_output=False`: the last state as it is; saved and loaded again."
+    longvit = {name: x for name, x in BARE.items() if not name.startswith("layer_norm.")}
+    whole, bare = (LongNetEncoder.from_torchscale(state, META["heads"], **BRANCHES) for state in (BARE, longvit))
+    x = torch.randn(1, 51, 128)
+    *_, last = whole.states(x)
+    assert torch.equal(bare(x), last) and torch.equal(whole.layer_norm(bare(x)), whole(x))
+    assert not bare.config.normalize_output and set(bare.state_dict()) == set(longvit)
+    bare.save_pretrained(tmp_path)
+    again = LongNetEncoder.from_pretrained(tmp_path)
+    assert again.config == bare.config and torch.equal(again(x), bare(x))
+    model = LongNet(longnet_tiny(normalize_output=False))
+    model(torch.randint(256, (1, 40)), torch.randint(256, (1, 40))).backward()
+    assert not any("layer_norm" in name.split(".")[1] for name in model.state_dict())
+
+
+@pytest.mark.parametrize("prefix", ["", "encoder.", "module.slide_encoder.encoder."])
+def test_prefixes_of_encoders_are_found(prefix):
+    state = {prefix + name: x for name, x in BARE.items()} | {"head.weight": X} if prefix else BARE
+    x = torch.randn(1, 51, 128)
+    expected = LongNetEncoder.from_torchscale(BARE, META["heads"], **BRANCHES, prefix="")(x)
+    for given in (None, prefix):
+        assert torch.equal(LongNetEncoder.from_torchscale(state, META["heads"], **BRANCHES, prefix=given)(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("embed_tokens.weight", "pass embeddings"), ("embed_positions.weight", "add the positions"),
+        ("layernorm_embedding.weight", "apply it to the embeddings"), ("output_projection.weight", "what the encoder"),
+        ("relative_position.relative_attention_bias.weight", "biases"), ("layers.0.self_attn.xpos.scale", "xPos"),
+        ("layers.1.moe_layer.experts.0.fc1.weight", "experts"), ("layers.0.ffn.gate.weight", "gated"),
+        ("layers.0.self_attn.q_proj.A.weight", "multiway"),
+    ],
+)  # fmt: skip
+def test_other_encoders_of_torchscale_are_refused_with_a_reason(name, advice):
+    for values in ({}, dict(vocab_size=2)):  # also where a name of ours would fit
+        with pytest.raises(ValueError, match=f"{name} is unknown; .*{advice}"):
+            LongNetEncoder.from_torchscale(BARE | {name: torch.zeros(2, 128)}, META["heads"], **BRANCHES, **values)
+
+
+@pytest.mark.parametrize("part", ["inner_attn_ln", "ffn_layernorm"])
+def test_encoders_without_norms_inside_are_refused(part):
+    state = {name: x for name, x in BARE.items() if part not in name}
+    with pytest.raises(ValueError, match=f"{part}.weight is missing; encoders without sub-LayerNorms"):
+        LongNetEncoder.from_torchscale(state, META["heads"], **BRANCHES)
+
+
+@pytest.mark.parametrize("prefix", ["slide_encoder.", "module.slide_encoder.", "net."])
+def test_a_slide_encoder_that_was_part_of_another_model(tmp_path, prefix):
+    state = {prefix + name: x for name, x in STATE.items()} | {prefix + "pos_embed": X}
+    torch.save(state | {"head.weight": X}, tmp_path / "a.pth")
+    for given in (None, prefix):
+        model = GigaPathSlideEncoder.from_pretrained(tmp_path / "a.pth", given, **SLIDE | {"global_pool": True})
+        assert all(torch.equal(x, STATE[name]) for name, x in model.state_dict().items())
+    with pytest.raises(ValueError, match="missing"):
+        GigaPathSlideEncoder.from_pretrained(tmp_path / "a.pth", "encoder.", **SLIDE)
+    with pytest.raises(TypeError, match="prefix must be a string"):
+        GigaPathSlideEncoder.from_pretrained(tmp_path / "a.pth", 3, **SLIDE)
+
+
+def test_the_class_token_of_a_file_is_warned_about(tmp_path):
+    torch.save(STATE, tmp_path / "a.pth")
+    with pytest.warns(UserWarning, match="class token.*never trained.*global_pool=True") as caught:
+        model = GigaPathSlideEncoder.from_pretrained(tmp_path / "a.pth", **SLIDE)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GigaPathSlideEncoder.from_pretrained(tmp_path / "a.pth", **SLIDE | {"global_pool": True})
+        model.train()(X, COORDS)
+        model.save_pretrained(tmp_path / "own")  # by somebody who has chosen the token
+        GigaPathSlideEncoder.from_pretrained(tmp_path / "own")
+
+
+def test_folders_of_0_1_are_read_and_written(tmp_path):
+    "Fields that came later are written only where 0.1 had no such model."
+    for model, later in (
+        (encoder(LongNet), {"normalize_output"}),
+        (slide(), {"max_wsi_size", "activation_checkpointing"}),
+    ):
+        model.save_pretrained(tmp_path)
+        about = json.loads((tmp_path / "config.json").read_text())
+        assert later <= model.config.to_dict().keys() - about["config"].keys()
+        assert from_pretrained(tmp_path).config == model.config
+    slide(activation_checkpointing=True).save_pretrained(tmp_path)
+    assert from_pretrained(tmp_path).config.activation_checkpointing
 
 
 # ---------------------------------------------------------------- the slide encoder
@@ -346,6 +439,172 @@ def test_bad_arguments_are_named(change):
         GigaPathSlideEncoder(**SMALL | change)
 
 
+# ---------------------------------------------------------------- as its clients use it
+
+
+@pytest.mark.parametrize("max_wsi_size", [256, 4096, 65_536, 100_000, 262_144, 524_288])
+@pytest.mark.parametrize("tile_size", [224, 256, 512, 1024])
+def test_segments_follow_from_the_sizes(max_wsi_size, tile_size):
+    "Five powers of 2, rounded down, their exponents evenly from 10 to int(log2(tiles))."
+    tiles = (max_wsi_size // tile_size) ** 2
+    if not tiles:
+        with pytest.raises(ValueError, match=f"max_wsi_size must be at least tile_size {tile_size}"):
+            slide_segment_lengths(max_wsi_size, tile_size)
+        return
+    exponents = np.linspace(10, int(np.log2(tiles)), 5)
+    expected = tuple(int(2**e) for e in exponents)
+    assert slide_segment_lengths(max_wsi_size, tile_size) == expected
+    config = GigaPathConfig(max_wsi_size=max_wsi_size, tile_size=tile_size)
+    assert config.segment_lengths == config.encoder.segment_lengths == expected
+    assert replace(GigaPathConfig(), max_wsi_size=max_wsi_size, tile_size=tile_size) == config
+    assert GigaPathConfig.from_json(config.to_json()) == config
+
+
+def test_segments_that_are_given_stay():
+    config = GigaPathConfig(segment_lengths=[8, 21], dilation_rates=(1, 2), tile_size=512)
+    assert replace(config, tile_size=256).segment_lengths == (8, 21)
+    with pytest.raises(ValueError, match="max_wsi_size must be left out beside other lengths"):
+        replace(config, max_wsi_size=131_072)
+    with pytest.raises(ValueError, match="segment_lengths"):
+        GigaPathConfig(dilation_rates=(1, 2))  # five lengths follow
+
+
+@pytest.mark.parametrize("size", [128, 200, 512])
+def test_each_call_can_have_its_own_tile_size(size):
+    x, coords = tiles(50)
+    coords = coords * size / 256
+    ours, other = slide(global_pool=True), slide(global_pool=True, tile_size=size)
+    assert torch.equal(ours(x, coords, tile_size=size), other(x, coords))
+    assert torch.equal(other(x, coords, tile_size=size), other(x, coords))
+    assert torch.equal(attention_rollout(ours, x, coords, tile_size=size), attention_rollout(other, x, coords))
+    with pytest.raises((ValueError, TypeError), match="tile_size"):
+        ours(x, coords, tile_size=size + 0.5)
+    with pytest.raises(AttributeError, match="pass tile_size= where you call the model"):
+        ours.tile_size = size
+
+
+def test_coordinates_of_one_slide_serve_a_batch():
+    model, (x, coords) = slide(), tiles(batch=3)
+    assert torch.equal(model(x, coords[0]), model(x, coords))
+    assert torch.equal(model(x, coords[0].int(), all_layer_embed=True)[1], model(x, coords, all_layer_embed=True)[1])
+    for wrong in (coords[0, :-1], coords[:2], coords[:1]):
+        with pytest.raises(ValueError, match="a row for each of"):
+            model(x, wrong)
+
+
+@pytest.mark.parametrize("place", [(0.0, 0.0), (512.0, 768.0)])
+@pytest.mark.parametrize("count", [2, 20])
+def test_slides_filled_up_with_one_place_are_refused(place, count):
+    filler = torch.tensor(place).expand(1, count, 2)
+    for coords in (torch.cat((GRID, filler), 1), torch.cat((filler, GRID), 1)):
+        with pytest.raises(ValueError, match=r"of them at \(.*mark padding in key_padding_mask"):
+            tile_cells(coords)
+        assert tile_cells(coords, check_layout=False).shape == coords.shape
+    shuffled = torch.cat((GRID, torch.zeros(1, 2, 2)), 1)[:, torch.randperm(302, generator=torch.Generator())]
+    with pytest.raises(ValueError, match=r"3 of them at \(0, 0\)"):
+        tile_cells(shuffled)
+
+
+def filled_up(side, sizes=(60, 23, 1), fill=float("nan")):
+    "A batch of slides with padding on one side, or in between; and each slide alone."
+    places = {"right": lambda n: torch.arange(n), "left": lambda n: torch.arange(60 - n, 60)}
+    places["between"] = lambda n: torch.randperm(60, generator=torch.Generator().manual_seed(n))[:n].sort().values
+    x, coords, mask = torch.full((len(sizes), 60, 24), fill), torch.full((len(sizes), 60, 2), fill), []
+    alone = [tiles(n) for n in sizes]
+    for row, (n, (some, where)) in enumerate(zip(sizes, alone)):
+        x[row, places[side](n)], coords[row, places[side](n)] = some[0], where[0]
+        mask.append(torch.ones(60, dtype=torch.bool).index_fill(0, places[side](n), False))
+    return x, coords, torch.stack(mask), alone
+
+
+@pytest.mark.parametrize("side", ["right", "left", "between"])
+@pytest.mark.parametrize("values", [{}, dict(global_pool=True), dict(ragged="mask", global_pool=True)])
+def test_slides_of_different_sizes_in_a_batch(side, values):
+    "As each alone, in every layer and in the shares of its tiles, whatever stands at padding."
+    model = slide(**values).double()  # so that sums over padded and unpadded rows agree to 1e-7
+    x, coords, mask, alone = filled_up(side)
+    x, alone = x.double().requires_grad_(), [(some.double(), where) for some, where in alone]
+    out = model(x, coords, key_padding_mask=mask)
+    layers = model(x, coords, all_layer_embed=True, key_padding_mask=mask)
+    shares = attention_rollout(model, x, coords, key_padding_mask=mask)
+    grads = torch.autograd.grad(out.square().sum(), (*model.parameters(), x))
+    assert not shares[mask].any() and not grads[-1][mask].any()
+    expected = [0.0] * (len(grads) - 1)
+    for row, (some, where) in enumerate(alone):
+        single = model(some, where)
+        torch.testing.assert_close(out[row], single[0])
+        torch.testing.assert_close(shares[row, ~mask[row]], attention_rollout(model, some, where)[0])
+        for layer, other in zip(layers, model(some, where, all_layer_embed=True), strict=True):
+            torch.testing.assert_close(layer[row], other[0])
+        one = torch.autograd.grad(single.square().sum(), tuple(model.parameters()))
+        expected = [a + b for a, b in zip(expected, one)]
+    torch.testing.assert_close(grads[:-1], tuple(expected))
+
+
+def test_masks_of_slides_are_checked():
+    x, coords, mask, _ = filled_up("right", fill=0.0)
+    mask[1] = True
+    for wrong, message in ((mask, "none of slide 1"), (mask[:1], "shape"), (mask.long(), "bool"), ([True], "bool")):
+        with pytest.raises((ValueError, TypeError), match=f"key_padding_mask must.*{message}"):
+            slide()(x, coords, key_padding_mask=wrong)
+    with pytest.raises(ValueError, match="steps of 2 x 2"):
+        slide()(x, 2 * coords, key_padding_mask=filled_up("right")[2])
+
+
+def test_padded_slides_are_exported_and_compiled():
+    model = slide(global_pool=True)
+    x, coords, mask, _ = filled_up("right", (20, 7), fill=0.0)
+    x, coords, mask = x[:, :20], coords[:, :20], mask[:, :20]
+    torch._dynamo.reset()
+    program = torch.export.export(model, (x, coords, False, None, mask)).module()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for traced in (program, compiled):
+        for masked in (mask, mask.flip(0)):
+            given = (x, coords, False, None, masked)
+            torch.testing.assert_close(traced(*given), slide(global_pool=True, check_layout=False)(*given))
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    x, coords = tiles(40)
+
+    def gradients(**values):
+        model = slide(**values).train()
+        torch.manual_seed(1)  # of dropout
+        model(x, coords).square().sum().backward()
+        return [p.grad for p in model.parameters()]
+
+    plain, again = gradients(), gradients(activation_checkpointing=True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    assert slide(activation_checkpointing=True).encoder.config.activation_checkpointing
+
+
+def test_depths_of_parameters_can_be_told_from_names():
+    "Rates of learning that decay with depth read `encoder.num_layers` and `encoder.layers.N` of each name."
+    model = slide(depth=3)
+    assert model.encoder.num_layers == 3
+    numbers = {name.split(".")[2] for name, _ in model.named_parameters() if name.startswith("encoder.layers.")}
+    assert numbers == {"0", "1", "2"}
+
+
+@pytest.mark.parametrize(("check_layout", "dynamic"), [(True, True), (False, False)])
+def test_the_slide_encoder_is_exported_and_compiled(check_layout, dynamic):
+    model, (x, coords) = slide(check_layout=check_layout), tiles(20, side=5)
+    count = torch.export.Dim("count", min=2, max=4096)
+    shapes = {"x": {1: count}, "coords": {1: count}} if dynamic else None
+    program = torch.export.export(model, (x, coords), dynamic_shapes=shapes).module()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=dynamic)
+    for n in (20, 13) if dynamic else (20,):
+        for traced in (program, compiled):
+            torch.testing.assert_close(traced(x[:, :n], coords[:, :n]), model(x[:, :n], coords[:, :n]))
+
+
+def test_fake_slides_have_shapes():
+    with FakeTensorMode():
+        model, (x, coords) = slide(), tiles()
+        assert model(x, coords).shape == (1, 32) and len(model(x, coords, all_layer_embed=True)) == 3
+
+
 def run_slide(n, depth):
     torch.set_num_threads(1)
     model = GigaPathSlideEncoder(depth=max(depth, 1)).eval()
@@ -487,7 +746,8 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
         (STATE | {"norm.bias": STATE["norm.bias"].long()}, "norm.bias is torch.int64"),
         (STATE | {"patch_embed.proj.weight": STATE["patch_embed.proj.weight"].to_sparse()}, "torch.sparse_coo"),
         ({"state_dict": STATE}, "no state dict"),
-        ({"module." + k: v for k, v in STATE.items()}, "cls_token is missing"),
+        ({"module." + k: v for k, v in STATE.items() if k != "cls_token"}, "cls_token is missing"),
+        ({k: v for k, v in STATE.items()} | {"b." + k: v for k, v in STATE.items()}, "prefix must.*got '', 'b.'"),
     ):  # fmt: skip
         torch.save(content, path)
         with pytest.raises(ValueError, match=message):

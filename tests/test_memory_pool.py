@@ -5,10 +5,13 @@ import gc
 import os
 import pickle
 import random
+import signal
 import sys
 import threading
 import time
+import traceback
 import weakref
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +22,8 @@ import torch
 from conftest import drawn
 from hypothesis import given
 
-from dilated_attention_nb import memory_pool
+from dilated_attention_nb import block_patterns, memory_pool
+from dilated_attention_nb.block_patterns import PatternCache, block_pattern
 from dilated_attention_nb.config import EVICTION_POLICIES, MemoryPoolConfig
 from dilated_attention_nb.memory_pool import Eviction, Kind, UnifiedMemoryPool, memory_limit, memory_pressure
 
@@ -394,6 +398,24 @@ def test_a_dropped_buffer_with_a_view_waits():
     del other, tail
     assert pool.get_stats()["dropped"] == 2
     assert all(pool.get_buffer((4,), U8).data_ptr() != alias.data_ptr() for _ in range(3)) and alias.tolist() == [9] * 4
+
+
+@pytest.mark.parametrize("let_go", [UnifiedMemoryPool.clear, lambda pool: pool.trim(0)], ids=["clear", "trim"])
+def test_nothing_is_kept_after_clear_not_even_buffers_without_a_byte(let_go):
+    pool = make()
+    cycle(pool, 0, 8)
+    cycle(pool, 0, key="named")
+    lent = pool.get_buffer((0, 3), F32)
+    assert pool.get_stats()["total_buffers"] == 2
+    let_go(pool)
+    stats = pool.get_stats()
+    assert stats["total_buffers"] == stats["pool_keys"] == stats["bytes_held"] == stats["hot_cache_size"] == 0
+    assert stats["buffers_lent"] == 1 and stats["evictions"] == 2
+    pool.return_buffer(lent)
+    assert pool.get_stats()["total_buffers"] == 1
+    pool.trim(1)
+    assert pool.get_stats()["total_buffers"] == 1  # it takes no memory
+    assert pool.trim(0) == 0 and pool.get_stats()["total_buffers"] == 0
 
 
 def test_returned_buffers_that_die_later_are_not_counted_as_dropped():
@@ -842,6 +864,158 @@ def test_threads_never_share_a_buffer():
 @pytest.mark.slow
 def test_32_threads_with_10_000_operations_never_share_a_buffer():
     stress(32, 10_000)
+
+
+# --- processes that are forked
+
+
+def in_a_fork(child):
+    "Its exit status: 0 if `child()` returned. It is ended after minutes, which even a busy machine doesn't need."
+    pid = os.fork()
+    if not pid:
+        try:
+            child()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    for _ in range(12_000):
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return status
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return "hangs"
+
+
+@contextmanager
+def busy(work, threads=3):
+    "While threads repeat `work()`."
+    done = threading.Event()
+
+    def repeat():
+        while not done.is_set():
+            work()
+
+    workers = [threading.Thread(target=repeat) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
+    try:
+        yield
+    finally:
+        done.set()
+        for worker in workers:
+            worker.join()
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+ignores_fork = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+
+@needs_fork
+@ignores_fork
+def test_a_process_forked_while_threads_use_the_pool_works():
+    pool, mine = make(max_pool_size=4, cleanup_threshold=3), []
+    mine.append(pool.get_buffer((5,), U8).fill_(5))
+    parents = pool.get_buffer((6,), U8).fill_(6)
+
+    def child():
+        assert pool.get_stats()["bytes_held"] == 0 and pool.get_stats()["buffers_lent"] >= 2
+        with pool.buffer((6,), U8) as other:
+            assert other.fill_(1).data_ptr() != parents.data_ptr()
+        pool.return_buffer(mine[0])  # the fork holds it as well
+        cycle(pool, 5, 6, 5)
+        stats = pool.get_stats()
+        assert stats["hits"] >= 2 and stats["misses"] == stats["allocations"]
+        assert (parents == 6).all()
+        pool.clear()
+        assert pool.get_stats()["total_buffers"] == 0
+
+    with busy(lambda: cycle(pool, 0, 3, 4, 100)):
+        assert [in_a_fork(child) for _ in range(10)] == [0] * 10
+    pool.return_buffer(mine[0])
+    pool.return_buffer(parents)
+    stats = pool.get_stats()
+    assert stats["bytes_lent"] == stats["buffers_lent"] == 0  # nothing of it happened here
+    assert stats["total_buffers"] == stats["allocations"] - stats["evictions"] - stats["discarded"]
+
+
+@needs_fork
+@ignores_fork
+def test_a_process_forked_while_the_pool_is_locked_works():
+    "By the thread that forks, and by another: no luck with threads is needed."
+    pool, locked, done = make(), threading.Event(), threading.Event()
+    cycle(pool, 8)
+
+    def hold():
+        with pool._lock:
+            locked.set()
+            done.wait()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    locked.wait()
+    assert in_a_fork(lambda: cycle(pool, 8, 8)) == 0
+    done.set()
+    holder.join()
+    with pool._lock:
+        assert in_a_fork(lambda: cycle(pool, 8, 8)) == 0
+    assert kept(pool) == [8]
+
+
+@needs_fork
+@ignores_fork
+def test_patterns_can_be_made_in_a_forked_process(monkeypatch):
+    "While another thread makes the same one, and while the cache is locked."
+    cache, started, go_on = PatternCache(), threading.Event(), threading.Event()
+
+    def slow(*args, **options):
+        started.set()
+        go_on.wait()
+        return block_pattern(*args, **options)
+
+    def child():
+        monkeypatch.undo()
+        assert cache.get("strided", 512).rows == 4
+
+    monkeypatch.setattr(block_patterns, "block_pattern", slow)
+    maker = threading.Thread(target=lambda: cache.get("strided", 512))
+    maker.start()
+    started.wait()
+    assert in_a_fork(child) == 0
+    with cache._lock:
+        assert in_a_fork(child) == 0
+    go_on.set()
+    maker.join()
+    assert cache.get("strided", 512).rows == 4 and cache.made == 1
+
+
+class Borrows(torch.utils.data.Dataset):
+    "A data set that works in borrowed memory."
+
+    def __init__(self, pool):
+        self.pool = pool
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, i):
+        with self.pool.buffer((4,), F32) as room:
+            return room.fill_(i).clone()
+
+
+@needs_fork
+@ignores_fork
+def test_workers_of_a_data_loader_may_share_a_pool():
+    pool = make()
+    with busy(lambda: cycle(pool, 16)):
+        loader = torch.utils.data.DataLoader(Borrows(pool), batch_size=4, num_workers=2, multiprocessing_context="fork")
+        assert [x[:, 0].tolist() for x in loader] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+# --- memory of the process
 
 
 def resident():

@@ -54,7 +54,7 @@ def sized(case: AttentionCase, ring_size: int, layout: str) -> AttentionCase:
     "The case at the next length that can be cut."
     parts = ring_size * (2 if layout == "zigzag" else 1)
     n = case.nk * parts if case.ragged == "error" else -(-case.nk // parts) * parts
-    return replace(case, nq=n, nk=n)
+    return case.unshifted(n)
 
 
 @drawn(100)
