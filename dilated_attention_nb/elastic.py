@@ -34,10 +34,11 @@ from torch.distributed.checkpoint.state_dict import (
 
 from .config import DistributedConfig, check_int, complaint
 from .distributed import DistributedLongNet
+from .files import write_file
 from .longnet import LongNet, LongNetConfig
 from .sharded import Team, join_processes
 from .sharding import GroupRef
-from .training import VOCAB, mixed_seed, read_corpus, write_file
+from .training import VOCAB, mixed_seed, read_corpus
 
 # %% ../nbs/16b_elastic.ipynb #ae11f46b
 def training_tensors(part: DistributedLongNet, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
