@@ -84,8 +84,8 @@ class _Writer(HuggingFaceStorageWriter):
         super().__init__(str(path), save_distributed=True)
         self.folder, self.about = path, about
 
-    def finish(self, *arguments: Any) -> None:
-        super().finish(*arguments)
+    def finish(self, metadata: Any, results: Any) -> None:
+        super().finish(metadata, results)
         self.about["files"] = {path.name: _digest(path) for path in sorted(self.folder.glob("*.safetensors"))}
         self.about["sha256"] = _signed(self.about)
         write_file(self.folder / "about.json", json.dumps(self.about))
