@@ -177,11 +177,13 @@ class Checkpoints:
         (future, path), self.pending = self.pending, None
         try:
             future.result()
-        except (Exception, CheckpointException) as error:  # the latter is no Exception
-            if self.team.first:
+        except CheckpointException as error:  # what a rank met, told to all; it is no Exception
+            disk = any(isinstance(failure[0], OSError) for failure in error.failures.values())
+            if disk and self.team.first:  # all others have stopped to write
                 shutil.rmtree(path, ignore_errors=True)
             advice = "older checkpoints are as they were; make room, then start it again"
-            raise OSError(f"{path} can't be written: {_reason(error)}; {advice}") from error
+            kind: type[Exception] = OSError if disk else RuntimeError
+            raise kind(f"{path} can't be written: {_reason(error)}; {advice}") from error
         if self.team.first:
             whole = path.with_suffix("")
             if whole.exists():  # taken again after a fall back
