@@ -12,6 +12,7 @@ with its largest difference from the float64 definition. The report names no seg
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,33 +50,41 @@ def definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat([plain_attention(*block, counts, zeros, divisor=len(RATES)) for block in blocks], 1)
 
 
-def phase_1_1() -> dict[str, Any]:
-    "Times in turn, and differences from the definition."
+def forms() -> dict[str, Callable[..., Tensor]]:
+    "What is compared: two that are one function, and one that isn't."
     from dilated_attention_nb.config import DilatedAttentionConfig
     from dilated_attention_nb.dilated import DilatedAttention
     from dilated_attention_nb.improved import ImprovedDilatedAttention
 
     config = DilatedAttentionConfig(LENGTHS, RATES)
-    forms = {
+    return {
         "standard": DilatedAttention(config),
         "improved": ImprovedDilatedAttention(config),
         "across_heads": across_heads,
     }
+
+
+def differences(x: list[Tensor]) -> dict[str, float]:
+    "The largest of each form from the definition."
+    exact = definition(*x)
+    return {f"{name}_difference": float((form(*x) - exact).abs().max()) for name, form in forms().items()}
+
+
+def phase_1_1() -> dict[str, Any]:
+    "Times in turn, and differences from the definition."
     rows = []
     for n in (2048, 4096, 8192, 16_384):
         torch.manual_seed(0)
         x = [torch.randn(1, n, H, D) for _ in range(3)]
         leaves, dout = [y.clone().requires_grad_() for y in x], torch.randn(1, n, H, D)
-        exact = definition(*x)
-        row: dict[str, Any] = {"n": n}
-        row |= {f"{name}_difference": float((form(*x) - exact).abs().max()) for name, form in forms.items()}
-        seconds = in_turn({name: (lambda f=form, x=x: f(*x)) for name, form in forms.items()}, 15)  # type: ignore[misc]
+        row: dict[str, Any] = {"n": n} | differences(x)
+        seconds = in_turn({name: (lambda f=form, x=x: f(*x)) for name, form in forms().items()}, 15)  # type: ignore[misc]
         row |= {f"{name}_ms": s * 1e3 for name, s in medians(seconds).items()}
         row["speedup"] = ratio(seconds, "standard", "improved")
         both = in_turn(
             {
                 name: (lambda f=form, x=leaves, g=dout: torch.autograd.grad(f(*x), x, g))  # type: ignore[misc]
-                for name, form in forms.items()
+                for name, form in forms().items()
             },
             9,
         )

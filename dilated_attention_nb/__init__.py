@@ -63,9 +63,11 @@ if TYPE_CHECKING:
         check_qkv as check_qkv,
         check_ratio as check_ratio,
         check_scale as check_scale,
+        check_unshifted as check_unshifted,
         complaint as complaint,
         nearest as nearest,
         parse_json as parse_json,
+        row_shifts as row_shifts,
         shown as shown,
         valid_lengths as valid_lengths,
     )
@@ -153,6 +155,7 @@ if TYPE_CHECKING:
         branch_mask as branch_mask,
         causal_mask as causal_mask,
         clipped as clipped,
+        fill_segments as fill_segments,
         grid_pairs as grid_pairs,
         head_groups as head_groups,
         kv_runs as kv_runs,
@@ -212,6 +215,7 @@ if TYPE_CHECKING:
         block_shares as block_shares,
         pooled as pooled,
         scorer_loss as scorer_loss,
+        some_rows as some_rows,
     )
     from dilated_attention_nb import sharding as sharding
     from dilated_attention_nb.sharding import (
@@ -482,9 +486,11 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "check_qkv",
         "check_ratio",
         "check_scale",
+        "check_unshifted",
         "complaint",
         "nearest",
         "parse_json",
+        "row_shifts",
         "shown",
         "valid_lengths",
     ),
@@ -567,6 +573,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "branch_mask",
         "causal_mask",
         "clipped",
+        "fill_segments",
         "grid_pairs",
         "head_groups",
         "kv_runs",
@@ -618,6 +625,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "block_shares",
         "pooled",
         "scorer_loss",
+        "some_rows",
     ),
     "sharding": (
         "gather_sequence",
@@ -826,7 +834,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     ),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
-_COMPLETED: dict[str, tuple[str, ...]] = {"_lists": ("block_sparse",), "LongNet": ("decoding", "pretrained",), "LongNetEncoder": ("pretrained",), "GigaPathSlideEncoder": ("pretrained",)}  # classes that later modules give methods
+_COMPLETED: dict[str, tuple[str, ...]] = {"LongNet": ("decoding", "pretrained",), "LongNetEncoder": ("pretrained",), "GigaPathSlideEncoder": ("pretrained",)}  # classes that later modules give methods
 
 __all__ = [
     "__version__",
@@ -988,6 +996,7 @@ __all__ = [
     "check_supported",
     "check_tensor_shards",
     "check_unfinished",
+    "check_unshifted",
     "choose_device",
     "clipped",
     "complaint",
@@ -1009,6 +1018,7 @@ __all__ = [
     "error_budget",
     "fast_dtype",
     "fill_exactly",
+    "fill_segments",
     "finest_branch",
     "finish",
     "forward_seconds",
@@ -1097,6 +1107,7 @@ __all__ = [
     "ring_worker",
     "rotate",
     "row_classes",
+    "row_shifts",
     "sample_tokens",
     "save_checkpoint",
     "save_figure",
@@ -1116,6 +1127,7 @@ __all__ = [
     "single_losses",
     "slide_segment_lengths",
     "smoothed",
+    "some_rows",
     "spawn_gloo",
     "stage_layers",
     "stage_of",

@@ -42,6 +42,7 @@ from .files import Lines, open_tensors, owned, read_json, sync_folder, write_fil
 from .longnet import LongNet, LongNetConfig
 from .memory_pool import memory_limit
 from .sharded import Team, join_processes
+from .sharding import GroupRef
 from .training import VOCAB, check_room, mixed_seed, noted_signals, read_corpus
 
 # %% ../nbs/16b_elastic.ipynb #ae11f46b
@@ -97,6 +98,14 @@ def _signed(about: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
+def _same_model(stored: dict[str, Any], model: dict[str, Any]) -> bool:
+    "Whether a config, perhaps written when there were fewer fields, is the model's."
+    try:
+        return LongNetConfig.from_dict(stored).to_dict() == model
+    except (TypeError, ValueError):
+        return False
+
+
 def check_checkpoint(path: Path, model: dict[str, Any], dtype: str) -> dict[str, Any]:
     """What `about.json` says of a whole checkpoint. A `ValueError` for one that is damaged.
 
@@ -107,7 +116,7 @@ def check_checkpoint(path: Path, model: dict[str, Any], dtype: str) -> dict[str,
         raise ValueError(f"{path / 'about.json'} is not about a checkpoint")
     hashed = "files" in about
     intact = not hashed or about.get("sha256") == _signed(about)
-    if about["config"] != model or about.get("dtype", dtype) != dtype:
+    if not _same_model(about["config"], model) or about.get("dtype", dtype) != dtype:
         kind = TypeError if intact else ValueError
         raise kind(complaint("checkpoint", "be of this model", f"{path} of another", _ADVICE))
     if type(about.get("step")) is not int or about["step"] < 0:
@@ -136,7 +145,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path | str, keep: int = 2) -> None:
         self.folder, self.keep, self.team = Path(folder), check_int("keep", keep), Team()
-        self.group = dist.new_group(backend="gloo") if self.team.size > 1 else None  # not in the way of training
+        self.group = GroupRef(dist.new_group(backend="gloo") if self.team.size > 1 else None)  # not in training's way
         self.pending: tuple[Any, Path] | None = None  # a future, and the folder that it fills
         self._owning = ExitStack()
         self.team.agreed(self._own)  # nobody goes on before that
@@ -162,7 +171,7 @@ class Checkpoints:
         self.team.agreed(path.mkdir)
         said = {"step": step, **_model_of(part), "about": json.loads(json.dumps(about))}  # as it is now
         tensors = training_tensors(part, optimizer)
-        writer: Any = dict(storage_writer=_Writer(path, said), process_group=self.group)
+        writer: Any = dict(storage_writer=_Writer(path, said), process_group=self.group())
         self.pending = dcp.async_save(tensors, **writer), path  # type: ignore[attr-defined]
 
     def settle(self) -> None:
@@ -202,7 +211,7 @@ class Checkpoints:
         tensors = training_tensors(part, optimizer)
         reader = HuggingFaceStorageReader(str(self.folder / name))
         try:
-            dcp.load(tensors, storage_reader=reader, process_group=self.group)  # type: ignore[attr-defined]
+            dcp.load(tensors, storage_reader=reader, process_group=self.group())  # type: ignore[attr-defined]
         except CheckpointException as error:
             raise ValueError(f"{self.folder / name} doesn't fit this model: {_reason(error)}") from error
         put_training_tensors(part, optimizer, tensors)

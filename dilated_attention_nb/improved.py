@@ -38,10 +38,12 @@ from dilated_attention_nb.config import (
     check_placement,
     check_qkv,
     check_scale,
+    check_unshifted,
     complaint,
     readable,
+    row_shifts,
 )
-from .masking import Grid, Piece, Tile, clipped, tiles
+from .masking import Grid, Piece, Tile, clipped, fill_segments, tiles
 from dilated_attention_nb.partial import (
     attend_backward,
     attend_forward,
@@ -213,17 +215,34 @@ class Options:
     is_causal: bool
     mixing: str
     offsets: str
-    zeros: bool  # ragged="zeros"
+    zeros: bool  # ragged="zeros", and not causal
+    shifts: bool  # ragged="zeros", whose rows move on where a rate does not divide its segment length
     scale: float
     use_tf32: bool
     backend: str  # resolved
     portion: int  # numbers in the queries of a portion
     copy: tuple[str, ...]  # what to gather by copying also where a view would do
+    only: tuple[int, ...] | None = None  # the branches to compute, None: all
+    filled: int = 0  # places of each segment that `fill_segments` added
 
     @property
     def divisor(self) -> int:
         "Groups mixing divides by the number of branches."
         return len(self.segment_lengths) if self.mixing == "groups" else 1
+
+    def split(self, n: int) -> tuple["Options", list["Options"]]:
+        "For the branches whose rows lie where their queries do, and for each that `ragged='zeros'` shifts."
+        shifts = row_shifts(n, *self.branches, "zeros" if self.shifts else "mask")
+        if not any(shifts):
+            return self, []
+        if self.backend == "triton":
+            check_unshifted(n, *self.branches, "zeros", "with backend='triton'")
+        unmoved = tuple(g for g, p in enumerate(shifts) if not p)
+        every, still = len(shifts), {"shifts": False}
+        return replace(self, only=unmoved, **still), [
+            replace(self, segment_lengths=(w + p,) * every, zeros=False, only=(g,), filled=p, **still)
+            for g, (w, p) in enumerate(zip(self.segment_lengths, shifts)) if p
+        ]  # fmt: skip
 
     @property
     def branches(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -233,7 +252,7 @@ class Options:
     def plan(self, q: Tensor, k: Tensor, masked: bool, first: int, last: int, nq: int, nk: int) -> "Plan":
         "What to compute for a portion of `nq` queries, `nk` keys and some key/value heads."
         ws, half = clipped(self.segment_lengths, k.shape[1]), q.device.type == "cpu" and q.element_size() <= 2
-        branches = ws, self.dilation_rates, self.mixing, self.offsets, self.zeros
+        branches = ws, self.dilation_rates, self.mixing, self.offsets, self.zeros, self.only, self.filled
         room = self.portion // (4 * q.shape[0] * q.shape[3])  # rows of heads that a copy may take
         threads = 1 if masked else torch.get_num_threads() if half else 0
         return plan_portion(nq, nk, q.shape[2], k.shape[2], *branches, first, last, room, q.shape[0], threads)
@@ -265,13 +284,14 @@ class Plan:
 @lru_cache(maxsize=512)
 def plan_portion(
     nq: int, nk: int, num_heads: int, kv_heads: int, segment_lengths: tuple[int, ...], dilation_rates: tuple[int, ...],
-    mixing: str, offsets: str, zeros: bool, first: int, last: int,
+    mixing: str, offsets: str, zeros: bool, only: tuple[int, ...] | None, filled: int, first: int, last: int,
     room: int,  # rows of heads that a part may gather, of one batch row
     batch: int,
     threads: int,  # if they divide the work of every piece, each is a part of its own; 0: none is
 ) -> Plan:  # fmt: skip
     "The plan of some key/value heads; found again by the next call. With padding `threads` is 1: grids see other keys."
-    every = tiles(nq, nk, num_heads, kv_heads, segment_lengths, dilation_rates, mixing, offsets, zeros, first, last)
+    how = segment_lengths, dilation_rates, mixing, offsets, zeros, first, last, only, filled
+    every = tiles(nq, nk, num_heads, kv_heads, *how)
     parts = []
     for tile in every:
         apart = threads and not any(batch * tile.segments * p.num_heads % threads for p in tile.pieces)
@@ -404,7 +424,7 @@ class Rows:
         self.adjacent = self.whole and bool((starts == starts[0] + width * torch.arange(count)).all())
         if not self.adjacent:
             self.index = torch.where(real, index, starts[:, None]).flatten().to(device)
-            self.real, self.excess = (x.flatten().nonzero()[:, 0].to(device) for x in (real, ~real))
+            self.excess = (~real).flatten().nonzero()[:, 0].to(device)
 
     def read(self, x: Tensor, name: str, space: Workspace, fill: float = 0) -> Tensor:
         "Their tokens `[documents, length, ...]`: a view if they are adjacent, else a copy with `fill` as the excess."
@@ -419,14 +439,10 @@ class Rows:
         return self.read(x, name, space) if self.adjacent else space(name, (*self.shape, *x.shape[1:]), x.dtype)
 
     def write(self, x: Tensor, results: Tensor) -> None:
-        "Bring the results that were left in `room` to their places in `x`."
-        if self.adjacent:
-            return
-        rows = results.flatten(0, 1)
-        if self.whole:
-            x.index_copy_(0, self.index, rows)
-        else:
-            x.index_copy_(0, self.index[self.real], rows[self.real])
+        "Bring the results that were left in `room` to their places in `x`, whose last row is for the excess."
+        if not self.adjacent:
+            index = self.index if self.whole else self.index.index_fill(0, self.excess, len(x) - 1)
+            x.index_copy_(0, index, results.flatten(0, 1))
 
     def hidden(self, mask: Tensor | None, is_causal: bool, space: Workspace) -> Tensor | None:
         "The padding mask `[documents, length]` of these keys. What is excess the future hides, if there is one."
@@ -448,10 +464,23 @@ def document_rows(cu_seqlens: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return (ends[:, :-1] + n * torch.arange(len(ends))[:, None]).flatten(), lengths.flatten()
 
 
-def rounded(n: int, numbers: int) -> int:
-    "A common length for documents of about `n` tokens of so many numbers: a quarter more at most, if they are short."
-    step = 1 << max(0, n.bit_length() - 3)
-    return n if n * numbers > 2**18 else -(-n // step) * step
+_CALL = 2**16  # numbers of excess that cost about as much as one more call
+
+
+def common_lengths(documents: dict[int, list[int]], numbers: int) -> Iterator[list[int]]:
+    "Documents of each length in groups for one call: shorter ones join while their excess costs less than a call."
+    members: list[int] = []
+    longest = excess = 0
+    for n in sorted(documents, reverse=True):
+        excess += (longest - n) * len(documents[n]) * numbers
+        if members and excess > _CALL:
+            yield sorted(members)
+            members = []
+        if not members:
+            longest, excess = n, 0
+        members += documents[n]
+    if members:
+        yield sorted(members)
 
 
 def document_batches(
@@ -465,23 +494,27 @@ def document_batches(
             complaint("cu_seqlens_q", "give no document more queries than keys", reprlib.repr(got), advice)
         )
     numbers = q.shape[2] * q.shape[3]
-    alike: dict[tuple[int, int], list[int]] = {}
+    alike: dict[int, dict[int, list[int]]] = {}  # by the keys before the first query, and by length
     for i, (nq, nk) in enumerate(zip(q_lengths.tolist(), k_lengths.tolist())):
         if nq:
             check_length(nk, options.segment_lengths, ragged)
-            alike.setdefault((nk - nq, nk if ragged == "zeros" else rounded(nk, numbers)), []).append(i)
-    for (_, nk), documents in alike.items():
-        size = max(1, options.portion // (nk * numbers))
-        for first in range(0, len(documents), size):
-            some = torch.tensor(documents[first : first + size])
-            sides_of_some = (q_starts[some], q_lengths[some]), (k_starts[some], k_lengths[some])
-            yield tuple(Rows(*side, q.device) for side in sides_of_some)
+            if nq < nk:
+                check_unshifted(nk, *options.branches, ragged, "with fewer queries than keys")
+            alike.setdefault(nk - nq, {}).setdefault(nk, []).append(i)
+    for by_length in alike.values():
+        for documents in by_length.values() if ragged == "zeros" else common_lengths(by_length, numbers):
+            size = max(1, options.portion // (int(k_lengths[documents].max()) * numbers))
+            for first in range(0, len(documents), size):
+                some = torch.tensor(documents[first : first + size])
+                sides_of_some = (q_starts[some], q_lengths[some]), (k_starts[some], k_lengths[some])
+                yield tuple(Rows(*side, q.device) for side in sides_of_some)
 
 # %% ../nbs/07_improved.ipynb #5d0c9a73
 def forward_into(
     out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options, space: Workspace
 ) -> None:
     "Leave merged out and lse of whole sequences where they belong."
+    options, shifted = options.split(k.shape[1])
     if options.backend == "triton":
         from dilated_attention_nb.triton_forward import fused_forward
 
@@ -494,6 +527,8 @@ def forward_into(
         plan = options.plan(q, k, mask is not None, *heads, rows[0].stop - rows[0].start, keys[0].stop - keys[0].start)
         at, kv = (slice(None), *rows), (slice(None), *keys)
         forward_portion(out[at], lse[at], q[at], k[kv], v[kv], padding, plan, options, space)
+    for one in shifted:
+        merge_shifted(out, lse, q, k, v, mask, one, space)
 
 
 def backward_into(
@@ -501,6 +536,15 @@ def backward_into(
     mask: Tensor | None, options: Options, space: Workspace,
 ) -> None:  # fmt: skip
     "Leave dq, dk, dv of whole sequences where they belong."
+    options, shifted = options.split(k.shape[1])
+    if shifted:
+        sums = tuple(x if x.dtype == lse.dtype else torch.empty_like(x, dtype=lse.dtype) for x in grads)
+        backward_into(sums, dout, q, k, v, out, lse, mask, options, space)
+        for one in shifted:
+            add_shifted(sums, dout, q, k, v, out, lse, mask, one, space)
+        for grad, total in zip(grads, sums):
+            grad.copy_(total)
+        return
     if options.backend == "triton":
         from dilated_attention_nb.triton_backward import fused_backward
 
@@ -519,37 +563,92 @@ def backward_into(
         parts = dq[at], dk[kv], dv[kv]
         backward_portion(parts, dout[at], q[at], k[kv], v[kv], out[at], lse[at], padding, plan, options, space)
 
-# %% ../nbs/07_improved.ipynb #5d0c9a74
-def packed_forward(
-    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_q: Tensor, cu_k: Tensor,
-    options: Options, ragged: str, space: Workspace,
+# %% ../nbs/07_improved.ipynb #5d0c9b02
+def shifted_windows(options: Options, q: Tensor) -> Iterator[tuple[slice, slice, int]]:
+    "Rows, the tokens of the segments that they show, and the places of these, about a portion at a time."
+    n, places, w = q.shape[1], options.segment_lengths[0], options.segment_lengths[0] - options.filled
+    segments = -(-n // places)
+    step = max(1, options.portion // (q.shape[0] * q.shape[2] * q.shape[3] * places))
+    for first in range(0, segments, step):
+        last = min(first + step, segments)
+        rows, tokens = slice(first * places, min(last * places, n)), slice(first * w, min(last * w, n))
+        yield rows, tokens, (last - first) * places
+
+
+def filled_inputs(options: Options, tokens: slice, *inputs: Tensor | None) -> list[Tensor | None]:
+    "Some tokens of each, in filled segments."
+    w, p = options.segment_lengths[0] - options.filled, options.filled
+    return [None if x is None else fill_segments(x[:, tokens], w, p) for x in inputs]
+
+
+def merge_shifted(
+    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options, space: Workspace
+) -> None:
+    "Merge one branch whose rows are shifted into `out` and `lse`."
+    for rows, tokens, places in shifted_windows(options, q):
+        o, l = (x.new_empty((x.shape[0], places, *x.shape[2:])) for x in (out, lse))
+        forward_into(o, l, *filled_inputs(options, tokens, q, k, v, mask), options, space)  # type: ignore[arg-type]
+        o, l, there = o[:, : rows.stop - rows.start], l[:, : rows.stop - rows.start], out[:, rows]
+        weight = merge_lse_(lse[:, rows], l)
+        there.copy_(torch.lerp(there.to(l.dtype), o.to(l.dtype), weight))
+
+
+def add_shifted(
+    grads: tuple[Tensor, ...], dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    mask: Tensor | None, options: Options, space: Workspace,
 ) -> None:  # fmt: skip
-    "The same with each document a sequence of its own; tokens of no document get `(0, -inf)`."
-    out.zero_(), lse.fill_(-inf)
-    packed, (flat_out, flat_lse, *x) = Workspace(q.device), (y.flatten(0, 1) for y in (out, lse, q, k, v))
+    "Add the share of one branch whose rows are shifted to dq, dk, dv. Rows beyond the last get an lse of infinity."
+    for rows, tokens, places in shifted_windows(options, q):
+        more = places - (rows.stop - rows.start)
+        do, o = (pad(x[:, rows], (0, 0, 0, 0, 0, more)) for x in (dout, out))
+        l = pad(lse[:, rows], (0, 0, 0, more), value=inf)
+        gq, gk, gv, padding = filled_inputs(options, tokens, q, k, v, mask)
+        parts = tuple(torch.empty_like(x) for x in (gq, gk, gv))  # type: ignore[arg-type]
+        backward_into(parts, do, gq, gk, gv, o, l, padding, options, space)  # type: ignore[arg-type]
+        for grad, part in zip(grads, parts):
+            real = part.unflatten(1, (-1, options.segment_lengths[0]))[:, :, : -options.filled].flatten(1, 2)
+            grad[:, tokens].add_(real[:, : tokens.stop - tokens.start])
+
+# %% ../nbs/07_improved.ipynb #5d0c9a74
+def _bare(x: Tensor, cu_seqlens: Tensor, nothing: float = 0, dtype: torch.dtype | None = None) -> Tensor:
+    "Room for results beside `x`, tokens first, and one row more; `nothing` at tokens of no document."
+    room = x.new_empty((x.shape[0] * x.shape[1] + 1, *x.shape[2:]), dtype=dtype)
+    return room if (cu_seqlens[:, -1] == x.shape[1]).all() else room.fill_(nothing)
+
+
+def packed_forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_q: Tensor, cu_k: Tensor,
+    options: Options, ragged: str, space: Workspace,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    "Merged out and lse, each document a sequence of its own; tokens of no document get `(0, -inf)`."
+    packed, x = Workspace(q.device), [y.flatten(0, 1) for y in (q, k, v)]
+    out, lse = _bare(q, cu_q), _bare(q[..., 0], cu_q, -inf, wide_dtype(q))
     for rows, keys in document_batches(q, k, cu_q, cu_k, options, ragged):
-        o, l = rows.room(flat_out, "out", packed), rows.room(flat_lse, "lse", packed)
+        o, l = rows.room(out, "out", packed), rows.room(lse, "lse", packed)
         inputs = (side.read(y, name, packed) for name, y, side in zip("qkv", x, (rows, keys, keys)))
         forward_into(o, l, *inputs, keys.hidden(mask, options.is_causal, packed), options, space)
-        rows.write(flat_out, o), rows.write(flat_lse, l)
+        rows.write(out, o), rows.write(lse, l)
+    return out[:-1].view(q.shape), lse[:-1].view(q.shape[:3])
 
 
 def packed_backward(
-    grads: tuple[Tensor, Tensor, Tensor], dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    mask: Tensor | None, cu_q: Tensor, cu_k: Tensor, options: Options, ragged: str, space: Workspace,
-) -> None:  # fmt: skip
-    "The same with each document a sequence of its own; tokens of no document get gradients of 0."
-    packed, flat = Workspace(q.device), [grad.zero_().flatten(0, 1) for grad in grads]
-    do, *x, o, l = (y.flatten(0, 1) for y in (dout, q, k, v, out, lse))
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None,
+    cu_q: Tensor, cu_k: Tensor, options: Options, ragged: str, space: Workspace,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    "dq, dk, dv, each document a sequence of its own; tokens of no document, or keys of no query, get 0."
+    packed, grads = Workspace(q.device), [_bare(x, cu) for x, cu in ((q, cu_q), (k, cu_k), (v, cu_k))]
+    for grad in grads[1:] if q.shape[1] < k.shape[1] else ():
+        grad.zero_()
+    x = [y.flatten(0, 1) for y in (dout, q, k, v, out, lse)]
     for rows, keys in document_batches(q, k, cu_q, cu_k, options, ragged):
-        sides_of_three = rows, keys, keys
-        parts = tuple(side.room(g, n, packed) for g, n, side in zip(flat, ("dq", "dk", "dv"), sides_of_three))
-        dout_there, out_there, lse_there = (rows.read(y, n, packed) for y, n in zip((do, o, l), ("dout", "out", "lse")))
-        inputs = (side.read(y, n, packed) for y, n, side in zip(x, "qkv", sides_of_three))
-        padding = keys.hidden(mask, options.is_causal, packed)
-        backward_into(parts, dout_there, *inputs, out_there, lse_there, padding, options, space)
-        for g, part, side in zip(flat, parts, sides_of_three):
-            side.write(g, part)
+        at = rows, rows, keys, keys, rows, rows
+        inputs = [side.read(y, name, packed) for y, name, side in zip(x, ("dout", *"qkv", "out", "lse"), at)]
+        parts = tuple(side.room(g, name, packed) for g, name, side in zip(grads, ("dq", "dk", "dv"), at[1:]))
+        backward_into(parts, *inputs, keys.hidden(mask, options.is_causal, packed), options, space)
+        for grad, part, side in zip(grads, parts, at[1:]):
+            side.write(grad, part)
+    dq, dk, dv = (grad[:-1].view(y.shape) for grad, y in zip(grads, (q, k, v)))
+    return dq, dk, dv
 
 # %% ../nbs/07_improved.ipynb #8c439092
 def _options(
@@ -559,8 +658,8 @@ def _options(
     name = resolve_backend(backend, q, mask is not None, whole=True)
     every = ("dout", "q", "k", "v", "out")
     copy = () if q.device.type != "cpu" else every if backward or q.element_size() > 2 else ("q",)
-    zeros = ragged == "zeros" and not is_causal
-    how = is_causal, mixing, offsets, zeros, scale, use_tf32, name, portion_size(q, backward), copy
+    zeros, shifts = ragged == "zeros" and not is_causal, ragged == "zeros"
+    how = is_causal, mixing, offsets, zeros, shifts, scale, use_tf32, name, portion_size(q, backward), copy
     return Options(tuple(segment_lengths), tuple(dilation_rates), *how)
 
 
@@ -573,12 +672,11 @@ def forward_op(
     "Merged out and lse. Documents are `[b, docs + 1]`, of the queries and of the keys."
     how = segment_lengths, dilation_rates, is_causal, mixing, offsets, ragged, scale, backend, use_tf32
     options, space = _options(q, mask, *how, False), Workspace(q.device)
-    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide_dtype(q))
     with tf32(use_tf32, q):
-        if cu_q is None or cu_k is None:
-            forward_into(out, lse, q, k, v, mask, options, space)
-        else:
-            packed_forward(out, lse, q, k, v, mask, cu_q, cu_k, options, ragged, space)
+        if cu_q is not None and cu_k is not None:
+            return packed_forward(q, k, v, mask, cu_q, cu_k, options, ragged, space)
+        out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide_dtype(q))
+        forward_into(out, lse, q, k, v, mask, options, space)
     return out, lse
 
 
@@ -592,12 +690,11 @@ def backward_op(
     "dq, dk, dv."
     how = segment_lengths, dilation_rates, is_causal, mixing, offsets, ragged, scale, backend, use_tf32
     options, space = _options(q, mask, *how, True), Workspace(q.device)
-    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     with tf32(use_tf32, q):
-        if cu_q is None or cu_k is None:
-            backward_into(grads, dout, q, k, v, out, lse, mask, options, space)
-        else:
-            packed_backward(grads, dout, q, k, v, out, lse, mask, cu_q, cu_k, options, ragged, space)
+        if cu_q is not None and cu_k is not None:
+            return packed_backward(dout, q, k, v, out, lse, mask, cu_q, cu_k, options, ragged, space)
+        grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+        backward_into(grads, dout, q, k, v, out, lse, mask, options, space)
     return grads
 
 
@@ -671,6 +768,8 @@ def dilated_attention(
     check_heads(q.shape[2], len(segment_lengths), mixing)
     if cu_seqlens is None and cu_seqlens_q is None:
         check_length(k.shape[1], segment_lengths, ragged)
+        if q.shape[1] < k.shape[1]:
+            check_unshifted(k.shape[1], segment_lengths, dilation_rates, ragged, "with fewer queries than keys")
         documents = ()
     else:
         documents = check_documents(cu_seqlens, cu_seqlens_q, q, k)

@@ -67,6 +67,7 @@ from dilated_attention_nb.files import (
 )
 from .longnet import LongNet, LongNetConfig
 from .memory_pool import memory_limit
+from .multihead import Start, normal_start
 from .plotting import plot_curves, plot_training, save_figure
 from .pretrained import check_fit
 from .sharded import Team, joined_team
@@ -158,8 +159,8 @@ def read_corpus(text: str | None = None) -> Corpus:
     dangling: list[Path] = []
     root = Path(sysconfig.get_path("stdlib") if text is None else text).expanduser()
     try:
-        which: Any = (".py", SKIPPED) if text is None else ("", ())
-        paths = [root] if root.is_file() else text_files(root, *which, dangling=dangling)
+        suffix, skipped = (".py", SKIPPED) if text is None else ("", frozenset[str]())
+        paths = [root] if root.is_file() else text_files(root, suffix, skipped, dangling)
         read = {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}
     except OSError as error:
         got = f"{error.filename or root}: {error.strerror}"
@@ -216,8 +217,8 @@ class TrainingConfig(Config):
             raise ValueError(complaint("seed", "be below 2**63", self.seed, "pass a smaller number"))
         check_config("model", self.model, LongNetConfig)
         if self.model.vocab_size != VOCAB:
-            rule, got = f"have vocab_size {VOCAB}, bytes and a separator", self.model.vocab_size
-            raise ValueError(complaint("model", rule, got, "set it in the LongNetConfig"))
+            rule = f"have vocab_size {VOCAB}, bytes and a separator"
+            raise ValueError(complaint("model", rule, self.model.vocab_size, "set it in the LongNetConfig"))
         words: Any = self.digest, self.text or ""
         if not all(isinstance(word, str) for word in words):
             got = " and ".join(map(shown, words))
@@ -301,22 +302,36 @@ class NgramEmbedding(nn.Embedding):
         self.ngrams, self.rows = tuple(ngrams), rows
         self.context = max(ngrams, default=1) - 1  # tokens before its own that an embedding depends on
         self.tables = nn.ModuleList(nn.Embedding(rows, embed_dim) for _ in ngrams)
-        nn.init.normal_(self.weight, std=0.5 * embed_dim**-0.5)
-        for rows_of_table in self.tables.parameters():
-            nn.init.normal_(rows_of_table, std=0.1 * embed_dim**-0.5)
+        self.reset_parameters()
+        for table in self.tables:
+            Start(table, normal_start, 0.1 * embed_dim**-0.5)()
 
-    def hashes(self, tokens: Int[Tensor, "b n"]) -> Iterator[Int[Tensor, "b n"]]:
+    def reset_parameters(self) -> None:
+        "Of the tokens; each table has its own."
+        normal_start(self, 0.5 * self.embedding_dim**-0.5)
+
+    def hashes(
+        self, tokens: Int[Tensor, "b n"], positions: Int[Tensor, "b n"] | None = None
+    ) -> Iterator[Int[Tensor, "b n"]]:
         "For each length, the row of the tokens that end at each place. Before the first stands a `SEPARATOR`."
-        key, length = tokens, 1
+        key, length, n = tokens, 1, tokens.shape[1]
         for wanted in self.ngrams:
             for back in range(length, wanted):
-                key = (key * 1_000_003 + F.pad(tokens, (back, 0), value=SEPARATOR)[:, : tokens.shape[1]]) % (2**31 - 1)
+                before = F.pad(tokens, (back, 0), value=SEPARATOR)[:, :n]
+                if positions is not None:
+                    before = before.where(positions >= back, SEPARATOR)
+                key = (key * 1_000_003 + before) % (2**31 - 1)
             length = wanted
             yield key % self.rows
 
-    def forward(self, tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b n e"]:
+    def forward(
+        self,
+        tokens: Int[Tensor, "b n"],
+        positions: Int[Tensor, "b n"] | None = None,  # of each token in its document, beyond which it doesn't look
+    ) -> Float[Tensor, "b n e"]:
+        tokens = tokens.long()
         out = super().forward(tokens)
-        for table, rows in zip(self.tables, self.hashes(tokens)):
+        for table, rows in zip(self.tables, self.hashes(tokens, positions)):
             out = out + table(rows)
         return out
 

@@ -822,3 +822,23 @@ def test_backends_of_no_device_or_dtype(arguments, error):
 def test_readable_backend_is_checked():
     with pytest.raises(ValueError, match="backend"):
         DilatedAttention(DilatedAttentionConfig((8,), (1,)), backend="flashy")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", list(partial.KERNELS))
+def test_every_kernel_that_can_be_had_is_within_the_budget(name, dtype):
+    "On a GPU if there is one: forward and backward, causal and padded, against the oracle."
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if reason := available_backends(device.type)[name]:
+        pytest.skip(reason)
+    q, k, v = make_qkv(2, 48, 4, 64, kv_heads=2, dtype=dtype, device=device)
+    mask = torch.zeros(2, 48, dtype=torch.bool, device=device)
+    mask[1, 40:] = True
+    paddings = [x for x in (None, mask) if not partial.KERNELS[name].obstacle(device, dtype, 64, x is not None)]
+    if not paddings:
+        pytest.skip(f"{name} has no {dtype}")
+    for padding in paddings:
+        for is_causal in (True, False):
+            options = dict(is_causal=is_causal, mixing="softmax", key_padding_mask=padding)
+            path = lambda *x, o=options: dilated_attention(*x, (16, 48), (1, 3), backend=name, **o)  # noqa: E731
+            check_against_oracle(path, q, k, v, (16, 48), (1, 3), **options)

@@ -255,6 +255,21 @@ def test_the_recipe_for_gigapaths_file_asks_for_that_file():
     assert "FileNotFoundError: slide_encoder.pth isn't there" in done.stderr
 
 
+def test_messages_that_a_page_quotes_are_those_of_the_code():
+    "Of cluster.qmd's table: what stands between names and numbers is somewhere in the package."
+    trees = [ast.parse(path.read_text()) for path in sorted((ROOT / "dilated_attention_nb").glob("*.py"))]
+    constants = [node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    words = [value for value in constants if isinstance(value, str)]
+    rows = re.findall(r"^\| (`.*?`) \|", DOCUMENTS["nbs/explanations/cluster.qmd"].read_text(), re.MULTILINE)
+    quoted = [quote for row in rows for quote in re.findall("`([^`]+)`", row)]
+    ours = [quote for quote in quoted if " must " in quote]
+    assert len(ours) > 7
+    for quote in ours:
+        rules = re.split(r"-?\d[\d.]*|'\w+'|\.\.\.|; ", quote.split(" must ")[1].split(", got ")[0])
+        for rule in (part.strip(" ,") for part in rules):
+            assert any(rule in text for text in words), f"{quote!r}: no message says {rule!r}"
+
+
 def test_no_interactive_examples_go_unchecked():
     "Docstrings have no `>>>` examples, which nothing would run: examples are cells below the function."
     assert [where for where, text in docstrings() if ">>>" in text] == []

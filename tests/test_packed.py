@@ -123,8 +123,13 @@ def test_equal_documents_are_one_call(monkeypatch):
     dilated_attention(q, k, v, *BRANCHES, cu_seqlens=ends([16] * 3))
     assert calls == [((3, 16, 4, 8), q.untyped_storage().data_ptr())]
     calls.clear()
-    dilated_attention(q, k, v, *BRANCHES, ragged="mask", cu_seqlens=ends([5, 11, 5, 11, 5, 11]))
-    assert [shape for shape, _ in calls] == [(3, 5, 4, 8), (3, 11, 4, 8)]
+    for ragged, shapes in (
+        ("zeros", [(3, 5, 4, 8), (3, 11, 4, 8)]),
+        ("mask", [(6, 11, 4, 8)]),
+    ):  # short ones join longer
+        dilated_attention(q, k, v, *BRANCHES, ragged=ragged, cu_seqlens=ends([5, 11, 5, 11, 5, 11]))
+        assert [shape for shape, _ in calls] == shapes
+        calls.clear()
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
