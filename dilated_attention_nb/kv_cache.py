@@ -31,6 +31,7 @@ from dilated_attention_nb.config import (
     check_kv_heads,
     check_qkv,
     check_scale,
+    check_unshifted,
     complaint,
 )
 from .improved import dilated_attention
@@ -57,6 +58,8 @@ class _Cache:
             check_heads(
                 self.num_heads, check_config("config", config, DilatedAttentionConfig).num_branches, config.mixing
             )
+            most = inf if self.max_seq_len is None else self.max_seq_len
+            check_unshifted(most, config.segment_lengths, config.dilation_rates, config.ragged, "in a cache")
         self.config = config
         home, kind = (None, None) if config is None else (config.device, config.dtype)
         self.device = check_device("device", device) or home or torch.device("cpu")

@@ -269,7 +269,13 @@ class MultiheadDilatedAttention(ConfiguredModule):
             Start(linear, magneto_init, gain)
         norm = nn.LayerNorm(c.embed_dim, c.layer_norm_eps, device=a.device, dtype=a.dtype) if c.layer_norm else None
         self.inner_attn_ln = norm
-        own: dict[str, Any] = {"head_dim": c.head_dim} if isinstance(a, SparseAttentionConfig) else {}
+        own: dict[str, Any] = {}
+        if isinstance(a, SparseAttentionConfig):
+            own = {"head_dim": c.head_dim}
+            if a.head_dim is not None and a.head_dim != c.head_dim:
+                raise ValueError(
+                    complaint("head_dim", f"be {c.head_dim}, embed_dim / num_heads", a.head_dim, "leave it out")
+                )
         self.attention = build(replace(a, dropout=0.0, device=None, dtype=None, **own)).to(a.device, a.dtype)
         self.reset_parameters()
 
@@ -380,6 +386,8 @@ def create_multihead_dilated_attention(
     of: dict[type[Config], dict[str, Any]] = {MultiheadConfig: {}, cls: {}}
     for name, value in values.items():
         of[_owner(name, *of)][name] = value
-    attention = _completed("attention_config", attention_config, cls, of[cls])
     heads = _completed("config", config, MultiheadConfig, of[MultiheadConfig])
+    if attention_config is None and issubclass(cls, SparseAttentionConfig):
+        of[cls].setdefault("head_dim", heads.head_dim)
+    attention = _completed("attention_config", attention_config, cls, of[cls])
     return MultiheadDilatedAttention(heads, attention, _builder(kind, group))
