@@ -84,7 +84,7 @@ def attend_tile(
     nothing = _nothing(wide, q, k, v, key_padding_mask)
     out, lse = (
         torch.zeros_like(q, dtype=wide) + nothing,
-        torch.full(q.shape[:3], -inf, dtype=wide, device=q.device) + nothing,
+        torch.full(q.shape[:3], -inf, dtype=wide, device=q.device) + nothing.detach(),
     )
     for piece in tile.pieces:
         o, l = attend_piece(q, k, v, piece, is_causal, key_padding_mask, backend)
@@ -144,7 +144,7 @@ class DilatedAttention(ConfiguredModule):
         q = finite_padding(q, mask)
         out, lse = (
             torch.zeros_like(q, dtype=wide) + nothing,
-            torch.full(q.shape[:3], -inf, dtype=wide, device=q.device) + nothing,
+            torch.full(q.shape[:3], -inf, dtype=wide, device=q.device) + nothing.detach(),
         )
         lengths, zeros = clipped(c.segment_lengths, k.shape[1]), c.ragged == "zeros" and not is_causal
         sizes = q.shape[1], k.shape[1], q.shape[2], k.shape[2]

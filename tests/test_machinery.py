@@ -1,12 +1,17 @@
 "PyTorch's own machinery around the layers: torch.func, absent values, fake tensors, counted operations."
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, jacrev, vjp, vmap
+from torch.utils.flop_counter import FlopCounterMode
 
 from dilated_attention_nb.config import DilatedAttentionConfig
 from dilated_attention_nb.dilated import DilatedAttention
-from dilated_attention_nb.improved import ImprovedDilatedAttention, dilated_attention
+from dilated_attention_nb.improved import ImprovedDilatedAttention, Packing, dilated_attention
 from dilated_attention_nb.partial import attend
 from dilated_attention_nb.testing import make_qkv
 
@@ -159,3 +164,54 @@ def test_padding_of_fewer_queries():
     dirty = dilated_attention(q.masked_fill(hidden, torch.nan), k, v, **BRANCHES, is_causal=True, key_padding_mask=mask)
     assert torch.equal(dirty[:, :3], clean[:, :3])
     assert all(g.isfinite().all() for g in torch.autograd.grad(dirty[:, :3].sum(), (q, k, v)))
+
+
+# ---------------------------------------------------------------- fakes, counts, second derivatives
+
+
+def test_fake_tensors():
+    with FakeTensorMode():
+        x, cu = torch.randn(1, 32, 4, 8), torch.tensor([0, 12, 32])
+        mask = torch.zeros(1, 32, dtype=torch.bool)
+        for out in (*(f(x, x, x, mask) for f in FORMS), dilated_attention(x, x, x, **BRANCHES, cu_seqlens=cu)):
+            assert out.shape == x.shape
+        packing = Packing.of(mask)
+        assert packing.pad(packing.unpad(x)).shape == x.shape
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_operations_are_counted(is_causal):
+    "The rectangles of the tiles, causal ones whole, as PyTorch counts them: 2 products forward, 5 backward."
+    x = torch.randn(2, 64, 4, 8, requires_grad=True)
+    options = dict(segment_lengths=(16, 64), dilation_rates=(1, 4), mixing="softmax", is_causal=is_causal)
+    pairs = 2 * 4 * (4 * 16 * 16 + 16 * 16)
+    with FlopCounterMode(display=False) as counter:
+        dilated_attention(x, x, x, **options).sum().backward()
+    assert counter.get_total_flops() == (4 + 10) * pairs * 8
+    config = DilatedAttentionConfig((16, 64), (1, 4), mixing="softmax")
+    with FlopCounterMode(display=False) as counter:
+        DilatedAttention(config)(x, x, x, is_causal).sum().backward()
+    assert counter.get_total_flops() == (4 + 10) * pairs * 8
+    y = x[:1].detach()
+    with FlopCounterMode(display=False) as counter:
+        dilated_attention(y, y, y, (64,), (1,), ragged="mask", cu_seqlens=torch.tensor([0, 20, 20, 64]))
+    assert counter.get_total_flops() == 4 * 4 * (20 * 20 + 44 * 44) * 8
+
+
+def test_counting_imports_nothing_by_itself():
+    "The counter imports Triton, which decides then whether it interprets."
+    code = "import sys, dilated_attention_nb.improved as m; assert 'triton' not in sys.modules; import torch\n"
+    code += "from torch.utils.flop_counter import FlopCounterMode\nx = torch.randn(1, 8, 1, 8)\n"
+    code += "with FlopCounterMode(display=False) as c: m.dilated_attention(x, x, x, (8,), (1,))\n"
+    code += "assert c.get_total_flops() == 4 * 8 * 8 * 8"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_attend_says_which_backend_has_a_second_derivative():
+    q, k, v = make_qkv(1, 8, 2, 8, requires_grad=True)
+    for part in (0, 1):
+        first = torch.autograd.grad(attend(q, k, v)[part].square().sum(), q, create_graph=True)[0]
+        with pytest.raises(NotImplementedError, match="backend='math'"):
+            first.sum().backward()
+    first = torch.autograd.grad(attend(q, k, v, backend="math")[0].square().sum(), q, create_graph=True)[0]
+    first.sum().backward()
