@@ -178,8 +178,8 @@ def test_the_fused_kernel_is_the_one_exception():
     assert FUSED <= modules_of(calls(EXP)) and "triton_forward" in modules_of(products())
     for way in ("forward", "backward"):
         users = {n for n in calls(f"fused_{way}") if n.split(".")[0] not in FUSED}
-        assert users == {f"improved.{way}_op"}
-        body = next(n for n in TREES["improved"].body if getattr(n, "name", "") == f"{way}_op")
+        assert users == {f"improved.{way}_into"}
+        body = next(n for n in TREES["improved"].body if getattr(n, "name", "") == f"{way}_into")
         asking = [n for n in ast.walk(body) if isinstance(n, ast.If) and f"fused_{way}(" in ast.unparse(n)]
         assert [ast.unparse(n.test) for n in asking] == ["options.backend == 'triton'"]
 

@@ -1,22 +1,23 @@
 "Meshes of processes against one process: losses, gradients, checkpoints, and a worker that is killed."
 
 import copy
+import io
 import itertools
 import json
 import os
 import pickle
 import re
+import resource
 import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
 from dilated_attention_nb.block_sparse import BlockSparseAttention
 from dilated_attention_nb.config import RING_LAYOUTS, DistributedConfig, RingAttentionConfig, SparseAttentionConfig
@@ -409,6 +410,9 @@ class Half:
     def __init__(self, stream):
         self.stream = stream
 
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
     def write(self, data):
         self.stream.write(data[: len(data) // 2])
         self.stream.flush()
@@ -514,7 +518,7 @@ def armed(part, optimizer, folder):
     next(path.glob("*.safetensors")).write_bytes(pickle.dumps(Bomb(str(proofs[1]))))
     try:
         said = f"loaded {Checkpoints(folder).load(part, optimizer)}"
-    except CheckpointException as error:  # no Exception
+    except ValueError as error:
         said = str(error)
     about = json.loads((path / "about.json").read_text())
     about["config"]["num_layers"] = 3
@@ -524,6 +528,59 @@ def armed(part, optimizer, folder):
     except ValueError as error:
         other = str(error)
     return {"loaded": loaded, "ran": [*ran, proofs[1].exists()], "said": said, "other": other}
+
+
+def continuing_worker(rank, world, folder):
+    "What is said when a folder is taken up again in other ways, or after damage, and the losses where nothing is."
+    folder, tokens, said = Path(folder), (torch.arange(5000) * 37 % 251).short(), {}
+
+    def go(name, steps=6, context=64, rows=4, tokens=tokens, folder=folder, **values):
+        torch.manual_seed(0)
+        part = DistributedLongNet(LongNet(TINY).double(), DistributedConfig())
+        try:
+            with redirect_stderr(io.StringIO()) as notes:
+                losses = train_elastic(part, tokens, folder, steps, context, rows, every=2, **values)
+            said[name] = losses, notes.getvalue()
+        except (OSError, ValueError) as error:
+            said[name] = f"{type(error).__name__}: {error}"
+
+    go("first", steps=4)
+    go("steps", steps=2)
+    go("context", context=32)
+    go("rows", rows=2)
+    go("seed", seed=1)
+    go("lr", lr=1.0)
+    go("text", tokens=tokens + 1)
+    go("short", context=5000)
+    go("huge", rows=10**12)
+    path = next((folder / "step-00000004").glob("*.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    go("damaged")
+    go("again")
+    about = json.loads((folder / "step-00000006/about.json").read_text())
+    (folder / "step-00000006/about.json").write_text(json.dumps(about | {"step": 5}))
+    (folder / "step-00000004/about.json").unlink()
+    go("no good one")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    go("full", folder=folder / "full")
+    return said | {"left": sorted(p.name for p in (folder / "full").iterdir())}
+
+
+def test_what_a_checkpoint_is_not_for_is_refused_and_damage_is_passed_over(tmp_path):
+    (said,) = spawn_gloo(continuing_worker, 1, str(tmp_path), timeout_s=1200.0)
+    for name in ("context", "rows", "seed", "lr", "text"):
+        assert said[name].startswith(f"ValueError: {name} must be what the run began with"), said[name]
+    assert said["steps"].startswith("ValueError: steps must be at least 4, which are taken, got 2")
+    assert said["short"].startswith("ValueError: text must be longer than the context 5,000")
+    assert said["huge"].startswith("ValueError: rows and context must fit into")
+    losses, notes = said["damaged"]
+    assert "step-00000004 is passed over" in notes and "is damaged" in notes and len(losses) == 6
+    assert losses[:4] == said["first"][0] and said["again"] == (losses, "")
+    assert "step" in said["no good one"] and "no other checkpoint in" in said["no good one"]
+    assert said["full"].startswith("OSError: ") and "step-00000002.part can't be written" in said["full"]
+    assert said["left"] == ["losses.jsonl"]  # and nothing half written
 
 
 def test_a_checkpoint_is_what_was_there_and_reading_it_runs_nothing(tmp_path):
@@ -549,8 +606,8 @@ def settling_worker(rank, world, folder):
     part = DistributedLongNet(LongNet(TINY), DistributedConfig())
     checkpoints = Checkpoints(folder)
     checkpoints.save(part, torch.optim.AdamW(part.parameters()), 1)
-    early, deadline = [p.name for p in Path(folder).glob("step-*")], time.monotonic() + 30
-    while checkpoints.pending and time.monotonic() < deadline:
+    early = [p.name for p in Path(folder).glob("step-*")]
+    while checkpoints.pending:  # for as long as a test may take
         time.sleep(0.01)
         checkpoints.settle()
     return early, [p.name for p in checkpoints.whole()]
@@ -591,9 +648,7 @@ def elastic_run(folder: Path, kill_at: int | None, dies: bool = False) -> list[d
     with open(log, "w") as out:
         run = subprocess.Popen([*command, *SMALL], stdout=out, stderr=out, env=os.environ | MANY)
     try:
-        deadline = time.monotonic() + 150
-        while run.poll() is None:
-            assert time.monotonic() < deadline, log.read_text()[-2000:]
+        while run.poll() is None:  # for as long as a test may take
             time.sleep(0.05)
             if kill_at and rows.exists() and len(rows.read_text().splitlines()) >= kill_at:
                 os.kill(int(re.search(r"rank 1 is process (\d+)", log.read_text())[1]), signal.SIGKILL)
@@ -601,7 +656,7 @@ def elastic_run(folder: Path, kill_at: int | None, dies: bool = False) -> list[d
     finally:
         if run.poll() is None:
             run.terminate()
-            run.wait(30)
+            run.wait()
     assert run.returncode == 0, log.read_text()[-3000:]
     assert kill_at is None
     return [json.loads(line) for line in rows.read_text().splitlines()]
