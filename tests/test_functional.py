@@ -190,8 +190,8 @@ def test_operations_are_counted(is_causal):
     assert counter.get_total_flops() == (4 + 10) * pairs * 8
     config = DilatedAttentionConfig((16, 64), (1, 4), mixing="softmax")
     with FlopCounterMode(display=False) as counter:
-        DilatedAttention(config)(x, x, x, is_causal).sum().backward()
-    assert counter.get_total_flops() == (4 + 10) * pairs * 8
+        DilatedAttention(config)(x, x, x, is_causal)
+    assert counter.get_total_flops() == 4 * pairs * 8
     y = x[:1].detach()
     with FlopCounterMode(display=False) as counter:
         dilated_attention(y, y, y, (64,), (1,), ragged="mask", cu_seqlens=torch.tensor([0, 20, 20, 64]))
