@@ -683,6 +683,10 @@ def forward_op(
     with tf32(use_tf32, q):
         if cu_q is not None and cu_k is not None:
             return packed_forward(q, k, v, mask, cu_q, cu_k, options, ragged, space)
+        if options.backend == "triton":
+            from dilated_attention_nb.triton_forward import check_size
+
+            check_size(q, k)  # before anything of that size is made
         out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide_dtype(q))
         forward_into(out, lse, q, k, v, mask, options, space)
     return out, lse
