@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils.flop_counter import register_flop_formula
 
 from .block_patterns import BlockPattern
 from .block_plan import _GROUP, Lists, Portion, Scratch, Span, Woven, _small_plan, plan, read
@@ -149,10 +151,10 @@ def backward_head(
 # %% ../nbs/07d_block_attention.ipynb #06a98c9f
 def _blocks(x: Tensor, size: int) -> Tensor:
     "`[b, n, ...]` -> `[b, blocks, size, ...]`, filled up with zeros if the last block is partial."
-    if rest := -x.shape[1] % size:
-        x = torch.cat([x, x.new_zeros((x.shape[0], rest, *x.shape[2:]))], 1)
-    blocks: Tensor = x.unflatten(1, (-1, size))
-    return blocks
+    count = (x.shape[1] + size - 1) // size
+    if torch.compiler.is_compiling() or x.shape[1] % size:  # what is traced holds for all lengths
+        x = torch.cat([x, x.new_zeros((x.shape[0], count * size - x.shape[1], *x.shape[2:]))], 1)
+    return x.unflatten(1, (count, size))
 
 
 def _room(q: Tensor, heads: int, size: int) -> int:
@@ -232,13 +234,18 @@ def _head(x: Tensor, b: int, heads: slice, strung: bool) -> Tensor | Woven:
     return x[b] if x.shape[3] == 1 else Woven(x[b])
 
 
+def _cleared(mask: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    "With 0 where there is padding, so that a NaN there reaches nobody."
+    return tensors if mask is None else tuple(x.masked_fill(mask[:, :, None, None], 0.0) for x in tensors)
+
+
 @torch.library.custom_op("dilated_attention_nb::block_sparse_forward", mutates_args=())
 def sparse_forward_op(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, num: Tensor, index: Tensor, size: int, is_causal: bool,
     scale: float, backend: str, use_tf32: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     "Merged out and lse."
-    n, (k, v), strung = q.shape[1], _repeated(q, k, v), _irregular(num, index)
+    n, (k, v), strung = q.shape[1], _repeated(q, *_cleared(mask, k, v)), _irregular(num, index)
     bq, bk, bv = (_blocks(x, size) for x in (q, k, v))
     if strung and _often(num, bk.shape[1]):
         bk, bv = _string(bk), _string(bv)
@@ -258,7 +265,7 @@ def sparse_backward_op(
     index: Tensor, size: int, is_causal: bool, scale: float, backend: str, use_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     "dq, dk, dv."
-    given, (k, v), strung = k, _repeated(q, k, v), _irregular(num, index)
+    kv_heads, (k, v), strung = k.shape[2], _repeated(q, *_cleared(mask, k, v)), _irregular(num, index)
     do, bq, bk, bv, o, l = (_blocks(x, size) for x in (dout, q, k, v, out, lse))
     dk, dv = q.new_empty(bk.shape), q.new_empty(bv.shape)
     l = _string(l) if strung else l
@@ -272,8 +279,8 @@ def sparse_backward_op(
             backward_head(to_q, to_k, to_v, g, x, y, z, out_, lse_, portions, work)
     sizes = ((_unstring(dq, q.shape[2]) if strung else dq, q.shape[1]), (dk, k.shape[1]), (dv, k.shape[1]))
     dq, dk, dv = (x.flatten(1, 2)[:, :n] for x, n in sizes)
-    if given.shape[2] < q.shape[2]:
-        dk, dv = (x.unflatten(2, (given.shape[2], -1)).sum(3, dtype=wide_dtype(q)) for x in (dk, dv))
+    if kv_heads < q.shape[2]:
+        dk, dv = (x.unflatten(2, (kv_heads, -1)).sum(3, dtype=wide_dtype(q)) for x in (dk, dv))
     return dq.to(q.dtype).contiguous(), dk.to(q.dtype).contiguous(), dv.to(q.dtype).contiguous()
 
 
@@ -286,23 +293,120 @@ def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
+# %% ../nbs/07d_block_attention.ipynb #7d3e5b02
+def _fold(
+    size: int, dims: Sequence[int | None], tensors: Sequence[Tensor | None], lists: Sequence[Tensor]
+) -> list[Tensor | None]:
+    "A mapped dimension of this size as part of the batch; lists that are the same for all stay as they are."
+    front = [x if x is None or d is None else x.movedim(d, 0) for x, d in zip((*tensors, *lists), dims)]
+    first = front[0]
+    assert first is not None
+    batch = first.shape[0 if dims[0] is None else 1]
+    if all(d is None for d in dims[-2:]) and len(lists[0]) == 1:
+        front, dims, rest = front[:-2], dims[:-2], list(lists)
+    else:
+        rest = []
+    wide = [x if x is None or d is not None else x.expand(size, *x.shape) for x, d in zip(front, dims)]
+    return [x if x is None else x.expand(size, batch, *x.shape[2:]).flatten(0, 1) for x in wide] + rest
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    "Keep q, k, v, out, lse, the indices and the mask, if there is one."
-    q, k, v, mask, num, index, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output, mask, num, index)
-    ctx.set_materialize_grads(False)
+
+def _quiet(mask: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    "dout, q, out and lse with 0 in queries that are padding and not finite, whose gradients would reach the keys."
+    if mask is None:
+        return tensors
+    finite = torch.stack([x.flatten(2).isfinite().all(2) for x in tensors[:3]]).all(0)
+    spoilt = mask[:, mask.shape[1] - finite.shape[1] :] & ~finite
+    return tuple(x.masked_fill(spoilt.view(*spoilt.shape, *[1] * (x.dim() - 2)), 0.0) for x in tensors)
 
 
-def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    "Gradients of the joint softmax; lse is not for users and carries none."
-    nothing = (None,) * (3 + len(ctx.options))
-    if dout is None:
-        return None, None, None, *nothing
-    return *sparse_backward_op(dout, *ctx.saved_tensors, *ctx.options), *nothing
+class _Forward(torch.autograd.Function):
+    "The forward operator."
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        out, lse = sparse_forward_op(*inputs)
+        return out, lse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        "Keep q, k, v, out, lse, the indices and the mask, if there is one."
+        q, k, v, mask, num, index, *ctx.options = inputs
+        ctx.save_for_backward(q, k, v, *output, mask, num, index)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+        "Gradients of the joint softmax; lse is not for users and carries none."
+        nothing = (None,) * (3 + len(ctx.options))
+        if dout is None:
+            return None, None, None, *nothing
+        q, k, v, out, lse, mask, *lists = ctx.saved_tensors
+        dout, q, out, lse = _quiet(mask, dout, q, out, lse)
+        run: Any = sparse_backward_op if torch.compiler.is_compiling() else _Backward.apply
+        return *run(dout, q, k, v, out, lse, mask, *lists, *ctx.options), *nothing
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+        folded = _fold(info.batch_size, dims[:6], inputs[:4], inputs[4:6])
+        results = _Forward.apply(*folded, *inputs[6:])  # type: ignore[no-untyped-call]
+        return tuple(x.unflatten(0, (info.batch_size, -1)) for x in results), (0, 0)
 
 
-sparse_forward_op.register_autograd(_backward, setup_context=_save)
+class _Backward(torch.autograd.Function):
+    "The backward operator, which has no derivative."
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = sparse_backward_op(*inputs)
+        return dq, dk, dv
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        "Nothing is kept."
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        how = "scaled_dot_product_attention with pattern.token_mask() under sdpa_kernel(SDPBackend.MATH) has one"
+        raise NotImplementedError(f"block_sparse_attention has no second derivative; {how}")
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+        folded = _fold(info.batch_size, dims[:9], inputs[:7], inputs[7:9])
+        results = _Backward.apply(*folded, *inputs[9:])  # type: ignore[no-untyped-call]
+        return tuple(x.unflatten(0, (info.batch_size, -1)) for x in results), (0, 0, 0)
+
+
+sparse_forward_op.register_autograd(_Forward.backward, setup_context=_Forward.setup_context)
+sparse_backward_op.register_autograd(_Backward.backward)
+
+
+def attend_blocks(*inputs: Any) -> Tensor:
+    "The output; what is compiled or exported holds the operator and its rules, not the Function."
+    run: Any = sparse_forward_op if torch.compiler.is_compiling() else _Forward.apply
+    out: Tensor = run(*inputs)[0]
+    return out
+
+# %% ../nbs/07d_block_attention.ipynb #7d3e5b03
+def _pairs(q: Tensor, k: Tensor, num: Tensor, index: Tensor, size: int, is_causal: bool) -> int:
+    "Pairs of a query and a key in kept blocks, over batch and heads; at most so many if nobody knows the indices."
+    rows, times = num.shape[2], len(q) // len(num) * q.shape[2] // num.shape[1]
+    if num.is_meta or isinstance(num, FakeTensor):
+        return times * index[..., 0].numel() * index.shape[3] * size**2
+    own = torch.arange(rows)[:, None] + (-(-k.shape[1] // size) - rows)
+    count = torch.arange(index.shape[3]) < num.cpu()[..., None]
+    return times * int((count & (index.cpu() <= own) if is_causal else count).sum()) * size**2
+
+
+@register_flop_formula(torch.ops.dilated_attention_nb.block_sparse_forward, get_raw=True)
+def _forward_flops(q: Tensor, k: Tensor, v: Tensor, mask: Any, *how: Any, **_: Any) -> int:
+    "Two products."
+    return 4 * q.shape[3] * _pairs(q, k, *how[:4])
+
+
+@register_flop_formula(torch.ops.dilated_attention_nb.block_sparse_backward, get_raw=True)
+def _backward_flops(dout: Any, q: Tensor, k: Tensor, v: Any, out: Any, lse: Any, mask: Any, *how: Any, **_: Any) -> int:
+    "Five products."
+    return 10 * q.shape[3] * _pairs(q, k, *how[:4])
 
 # %% ../nbs/07d_block_attention.ipynb #deffa172
 @lru_cache(maxsize=8)
@@ -330,6 +434,20 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, is_causal: boo
     return out.transpose(1, 2)
 
 
+def _refuse_documents(cu_seqlens: Any) -> None:
+    "A `ValueError` unless it is None."
+    if cu_seqlens is not None:
+        advice = "call it once for each document, or use dilated_attention"
+        raise ValueError(complaint("cu_seqlens", "be None in block-sparse attention", "documents", advice))
+
+
+def _alike(q: Tensor, *lists: Tensor) -> tuple[Tensor, ...]:
+    "Where q is fake, lists are too: nobody reads them. A tracer takes them as constants."
+    if torch.compiler.is_compiling() or not isinstance(q, FakeTensor):
+        return lists
+    return tuple(x if isinstance(x, FakeTensor) else q.new_empty(x.shape, dtype=x.dtype) for x in lists)
+
+
 def _check_pattern(pattern: Any, q: Tensor, k: Tensor) -> None:
     if not isinstance(pattern, BlockPattern):
         raise TypeError(complaint("pattern", "be a BlockPattern", type(pattern).__name__, "make it with block_pattern"))
@@ -353,6 +471,7 @@ def block_sparse_attention(
     key_padding_mask: Bool[Tensor, "b nk"] | None = None,  # True is padding
     backend: str = "auto",  # as for `attend`, or "flex"
     use_tf32: bool = True,  # float32 on CUDA only
+    cu_seqlens: None = None,  # packed documents, which blocks don't have
 ) -> Float[Tensor, "b nq h d"]:
     """Attention of each query to the keys of its row's blocks: one softmax, exact in values and gradients.
 
@@ -362,6 +481,7 @@ def block_sparse_attention(
     check_choice("backend", backend, (*BACKENDS, "flex"))
     check_flag("is_causal", is_causal)
     check_flag("use_tf32", use_tf32)
+    _refuse_documents(cu_seqlens)
     q, k, v = cast_like_autocast(q, k, v)
     check_qkv(q, k, v, key_padding_mask)
     _check_pattern(pattern, q, k)
@@ -372,7 +492,6 @@ def block_sparse_attention(
         )
     if backend == "flex":
         return _flex(q, k, v, pattern, is_causal, factor, key_padding_mask)
-    lists = pattern.kv_num_blocks, pattern.kv_indices, pattern.block_size
-    how = *lists, is_causal, factor, backend, use_tf32
-    out: Tensor = sparse_forward_op(q, k, v, key_padding_mask, *how)[0]
-    return out
+    lists = _alike(q, pattern.kv_num_blocks, pattern.kv_indices)
+    how = pattern.block_size, is_causal, factor, backend, use_tf32
+    return attend_blocks(q, k, v, key_padding_mask, *lists, *how)

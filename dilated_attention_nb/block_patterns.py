@@ -124,6 +124,8 @@ class BlockPattern:
 
     def last(self, queries: int) -> "BlockPattern":
         "The pattern of the last `queries` positions."
+        if queries == self.seq_lens[0]:
+            return self
         rows = -(-queries // self.block_size)
         num, index = self.kv_num_blocks[:, :, -rows:], self.kv_indices[:, :, -rows:]
         return BlockPattern(num, index, self.block_size, (queries, self.seq_lens[1]))
@@ -187,6 +189,12 @@ def kept_blocks(n: int, ratio: float, is_causal: bool) -> tuple[Tensor, Tensor]:
     "For each of `n` rows how many blocks it may see and how many it keeps, int64."
     seen = torch.arange(1, n + 1) if is_causal else torch.full((n,), n)
     return seen, (seen * ratio).round().long().clamp(min=1).minimum(seen)
+
+
+def width(cols: int, ratio: float) -> int:
+    "Room for the most blocks that a row of `cols` can keep; above 1, so that a tracer sees no special case."
+    most: int = torch.sym_int(cols * ratio) + 2
+    return most
 
 
 _CHUNK = 2**21  # indices made at a time
@@ -339,7 +347,7 @@ def block_pattern(
     check_flag("is_causal", is_causal)
     ratio, size = check_ratio("sparsity_ratio", sparsity_ratio), check_block_size("block_size", block_size)
     heads, rows = check_int("num_heads", num_heads), -(-check_int("n", n) // size)
-    given = (n,) if segment_lengths is None else segment_lengths
+    given = (n,) * len(dilation_rates or (1,)) if segment_lengths is None else segment_lengths
     lengths, rates = check_branches(given, dilation_rates or (max(1, round(1 / ratio)),) * len(given))
     how = (rows, ratio, is_causal)
     if pattern_type == "dilated_sparse":

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from .block_attention import sparse_backward_op, sparse_forward_op
 from .block_patterns import PatternCache
-from .block_sparse import BlockSparseAttention
+from .block_sparse import BlockSparseAttention, check_sizes
 from .block_sparse_plan import Blocks, Job, Part, SparsePlan, SparseTask, make_sparse_plan, needed
-from .config import BlockSparseRingConfig, check_heads
+from .config import BlockSparseRingConfig
 from .memory_pool import UnifiedMemoryPool
 from .partial import merge_
 from .ring_layer import RingLayer, run_layer
@@ -147,18 +147,13 @@ class BlockSparseRingDilatedAttention(RingLayer):
         super().__init__(config, group, pool, overlap)
         BlockSparseAttention(config)  # raises for options that blocks don't have
 
-    def check(self, q: Any, k: Any, v: Any, mask: Any, is_causal: Any) -> None:
-        "Raises what `BlockSparseAttention` would, and for fewer queries than keys."
-        super().check(q, k, v, mask, is_causal)
-        if self.config.pattern_type == "dilated_sparse":
-            check_heads(q.shape[2], self.config.num_branches, "groups")
-
     def make_call(
         self, ring_size: int, shape: Sequence[int], kv_heads: int, masked: bool, is_causal: bool
     ) -> SparseTask:
         "The task. Raises, naming the nearest valid lengths, if shares would not be whole blocks."
         (b, n, h, d), c = shape, self.config
         check_split(n, ring_size, c.layout, block_size=c.block_size if ring_size > 1 else 1)
+        check_sizes(c, n, h, d)
         place = Placement(n, ring_size, c.layout)
         made_from = c.pattern_type, c.sparsity_ratio, c.seed, c.segment_lengths, c.dilation_rates
         return SparseTask(place, b, h, kv_heads, d, is_causal, masked, c.strategy, c.block_size, made_from)

@@ -7,11 +7,12 @@ __all__ = ['LARGEST', 'MIXINGS', 'OFFSETS', 'RAGGED', 'BACKENDS', 'LAYER_BACKEND
            'SPARSE_PATTERNS', 'DISTRIBUTED_BACKENDS', 'DATA_ENGINES', 'PIPELINE_SCHEDULES', 'EVICTION_POLICIES',
            'MOST_BRANCHES', 'FLOAT_DTYPES', 'WIDEST', 'complaint', 'shown', 'check_int', 'check_number',
            'check_positive', 'check_ratio', 'check_block_size', 'check_dropout', 'check_scale', 'check_flag', 'nearest',
-           'check_choice', 'check_ints', 'check_branches', 'check_heads', 'valid_lengths', 'check_length',
-           'check_floats', 'check_alike', 'check_padding', 'check_qkv', 'check_device', 'check_dtype', 'check_home',
-           'check_placement', 'parse_json', 'Config', 'check_config', 'DilatedAttentionConfig', 'ConfiguredModule',
-           'check_head_dim', 'check_kv_heads', 'MultiheadConfig', 'RingAttentionConfig', 'SparseAttentionConfig',
-           'BlockSparseRingConfig', 'DistributedConfig', 'MemoryPoolConfig']
+           'check_choice', 'check_ints', 'check_branches', 'check_heads', 'valid_lengths', 'check_length', 'row_shifts',
+           'check_unshifted', 'check_floats', 'check_alike', 'check_padding', 'check_qkv', 'check_device',
+           'check_dtype', 'check_home', 'check_placement', 'parse_json', 'Config', 'check_config',
+           'DilatedAttentionConfig', 'ConfiguredModule', 'check_head_dim', 'check_kv_heads', 'MultiheadConfig',
+           'RingAttentionConfig', 'SparseAttentionConfig', 'BlockSparseRingConfig', 'DistributedConfig',
+           'MemoryPoolConfig']
 
 # %% ../nbs/00_config.ipynb #3d0f6ed4
 import dataclasses
@@ -20,6 +21,7 @@ import json
 import math
 import os
 import reprlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -211,6 +213,30 @@ def check_length(n: int, segment_lengths: Sequence[int], ragged: str) -> None:
             below, above = valid_lengths(n, segment_lengths)
             advice = f"pass ragged='mask', pad to {above}" + (f" or cut to {below}" if below else "")
             raise ValueError(f"sequence length {n} is not a multiple of segment length {w}; {advice}")
+
+
+def row_shifts(
+    n: float,  # tokens; infinity for any length
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    ragged: str,
+) -> tuple[int, ...]:
+    """By how many places `ragged="zeros"` moves each branch's rows on from one segment to the next, as torchscale does.
+
+    `p = -w mod r` in a sequence longer than w: row i shows segment `i // (w + p)`, place `i mod (w + p)`.
+    """
+    return tuple(-w % r if ragged == "zeros" and n > w else 0 for w, r in zip(segment_lengths, dilation_rates))
+
+
+def check_unshifted(
+    n: float, segment_lengths: Sequence[int], dilation_rates: Sequence[int], ragged: str, where: str
+) -> None:
+    "A `ValueError` if `row_shifts` moves rows: `where` says what can't be computed then."
+    for w, r, p in zip(segment_lengths, dilation_rates, row_shifts(n, segment_lengths, dilation_rates, ragged)):
+        if p:
+            rule = f"not be 'zeros' {where} if a dilation rate does not divide its segment length"
+            got, advice = f"rate {r} for segments of {w}", "use ragged='mask', or rates that divide"
+            raise ValueError(complaint("ragged", rule, got, advice))
 
 # %% ../nbs/00_config.ipynb #400490a7
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -437,7 +463,8 @@ class Config:
             if name not in fields:
                 advice = hint(str(name), tuple(fields))
                 raise ValueError(f"{cls.__name__} has no field {reprlib.repr(name)}; {advice}")
-        missing = [n for n, f in fields.items() if n not in values and f.default is dataclasses.MISSING]
+        without = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
+        missing = [n for n in without if n not in values]
         if missing:
             raise ValueError(f"{cls.__name__} needs {', '.join(missing)}, got {', '.join(values) or 'nothing'}; add it")
         hints = get_type_hints(cls)
@@ -485,8 +512,7 @@ class DilatedAttentionConfig(Config):
     dtype: torch.dtype | None = None  # of parameters; of inputs where there are none
 
     def __post_init__(self) -> None:
-        lengths, rates = check_branches(self.segment_lengths, self.dilation_rates)
-        self._store(segment_lengths=lengths, dilation_rates=rates)
+        self._check_branches()
         self._check(check_dropout, "dropout")
         self._check(check_choice, "mixing", choices=MIXINGS)
         self._check(check_choice, "offsets", choices=OFFSETS)
@@ -494,6 +520,10 @@ class DilatedAttentionConfig(Config):
         self._check(check_flag, "use_tf32")
         self._check(check_device, "device")
         self._check(check_dtype, "dtype")
+
+    def _check_branches(self) -> None:
+        lengths, rates = check_branches(self.segment_lengths, self.dilation_rates)
+        self._store(segment_lengths=lengths, dilation_rates=rates)
 
     @property
     def num_branches(self) -> int:
@@ -594,28 +624,66 @@ class RingAttentionConfig(DilatedAttentionConfig):
         self._check(check_choice, "strategy", choices=RING_STRATEGIES)
         self._check(check_choice, "layout", choices=RING_LAYOUTS)
 
-
+# %% ../nbs/00_config.ipynb #871ed518
 @dataclass(frozen=True)
 class SparseAttentionConfig(DilatedAttentionConfig):
-    "Attention in square blocks, of which only some are computed."
+    """Attention in square blocks, of which only some are computed.
 
+    "dilated_sparse" and "hierarchical" need branches; the other patterns have none and take them only as what lengths
+    must be multiples of. Lengths are multiples of `block_size` where no branch is given, unless `ragged` is "mask".
+    """
+
+    segment_lengths: tuple[int, ...] = dataclasses.field(default_factory=tuple)  # how far "dilated_sparse" reaches
+    dilation_rates: tuple[int, ...] = dataclasses.field(default_factory=tuple)  # in blocks: how far apart
     pattern_type: str = "dilated_sparse"  # which blocks are kept: one of SPARSE_PATTERNS
     sparsity_ratio: float = 0.25  # share of the blocks that is kept, above 0 and at most 1
     block_size: int = 128  # tokens along the side of a block, a multiple of 16
     enable_adaptive: bool = False  # choose blocks by their content: for pattern_type "adaptive", and only for it
-    head_dim: int | None = None  # width of a head, which "adaptive" needs for what it learns
-    seed: int = 0  # of the pattern "random", at least 0
+    head_dim: int | None = None  # width of a head, which "adaptive" needs for what it learns; None: any
+    seed: int = 0  # of the pattern "random", and 0 for others
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self._check(check_choice, "pattern_type", choices=SPARSE_PATTERNS)
+        super().__post_init__()
         self._check(check_ratio, "sparsity_ratio")
         self._check(check_block_size, "block_size")
         self._check(check_int, "head_dim", high=WIDEST)
         self._check(check_int, "seed", low=0, high=2**47)
         self._check(check_flag, "enable_adaptive")
+        for name, value in (("mixing", "groups"), ("offsets", "blocked")):
+            if (got := getattr(self, name)) != value:
+                raise ValueError(complaint(name, f"be {value!r} in block-sparse attention", repr(got), "leave it out"))
+        if self.ragged == "zeros":
+            raise ValueError(complaint("ragged", "not be 'zeros' in block-sparse attention", "'zeros'", "use 'mask'"))
+        if self.enable_adaptive != (self.pattern_type == "adaptive"):
+            rule = "be True for pattern_type 'adaptive', and only for it"
+            got = f"{self.enable_adaptive} with {self.pattern_type!r}"
+            raise ValueError(complaint("enable_adaptive", rule, got, "change one of the two"))
+        if self.enable_adaptive and self.head_dim is None:
+            raise ValueError(complaint("head_dim", "be given for pattern 'adaptive'", None, "it sizes the scorer"))
+        if self.seed and self.pattern_type != "random":
+            raise ValueError(complaint("seed", f"be 0 for pattern {self.pattern_type!r}", self.seed, "leave it out"))
 
+    @property
+    def has_branches(self) -> bool:
+        "Whether the pattern is made of branches."
+        return self.pattern_type in ("dilated_sparse", "hierarchical")
 
+    def _check_branches(self) -> None:
+        "Needed by the patterns that are made of them; a rate above 1 that changes nothing is warned of."
+        values = {name: getattr(self, name) for name in ("segment_lengths", "dilation_rates")}
+        empty = [name for name, value in values.items() if isinstance(value, (tuple, list)) and not value]
+        if self.has_branches and empty:
+            advice = "full attention is (n,) with rate (1,)"
+            raise ValueError(f"{type(self).__name__} needs {empty[0]} for {self.pattern_type!r}, got none; {advice}")
+        if len(empty) == 2:
+            return self._store(segment_lengths=(), dilation_rates=())
+        super()._check_branches()
+        if not self.has_branches and max(self.dilation_rates) > 1:
+            text = f"pattern_type {self.pattern_type!r} has no branches: dilation_rates {self.dilation_rates} change"
+            warnings.warn(f"{text} nothing; leave them out, or take 'dilated_sparse' or 'hierarchical'", stacklevel=5)
+
+# %% ../nbs/00_config.ipynb #871ed519
 @dataclass(frozen=True)
 class BlockSparseRingConfig(SparseAttentionConfig):
     "Block-sparse attention over a ring: the fields of both; `block_size` is the side of a block, patterns are fixed."
@@ -626,14 +694,14 @@ class BlockSparseRingConfig(SparseAttentionConfig):
     layout: str = "contiguous"  # which tokens a process holds: one of RING_LAYOUTS
 
     def __post_init__(self) -> None:
+        if self.pattern_type == "adaptive":
+            advice = "its blocks depend on the tokens of all ranks; take a fixed pattern"
+            raise ValueError(complaint("pattern_type", "not be 'adaptive' on a ring", "'adaptive'", advice))
         super().__post_init__()
         self._check(check_int, "ring_size")
         self._check(check_flag, "use_checkpointing")
         self._check(check_choice, "strategy", choices=RING_STRATEGIES)
         self._check(check_choice, "layout", choices=RING_LAYOUTS)
-        if self.pattern_type == "adaptive":
-            advice = "its blocks depend on the tokens of all ranks; take a fixed pattern"
-            raise ValueError(complaint("pattern_type", "not be 'adaptive' on a ring", "'adaptive'", advice))
 
 # %% ../nbs/00_config.ipynb #fb96cf72
 @dataclass(frozen=True)

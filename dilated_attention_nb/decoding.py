@@ -14,19 +14,18 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dilated_attention_nb.config import (
     check_config,
     check_flag,
     check_int,
     check_number,
-    check_padding,
     check_positive,
     complaint,
 )
 from .kv_cache import DilatedKVCache, KVCache
 from .longnet import LongNet, LongNetConfig, check_tokens, evaluating
+from .multihead import refuse_names
 from .partial import cast_like_autocast
 
 # %% ../nbs/13_decoding.ipynb #5f7dc2f9
@@ -204,8 +203,8 @@ _PIECE = 8192  # tokens of a prompt read at a time
 
 def generate(
     model: LongNet,
-    prompt: Int[Tensor, "b n"] | Int[Tensor, " n"],
-    max_new_tokens: int,
+    prompt: Int[Tensor, "b n"] | Int[Tensor, " n"] = None,  # type: ignore[assignment]
+    max_new_tokens: int = None,  # type: ignore[assignment]
     temperature: float = 1.0,  # 0: always the most probable token
     top_k: int | None = None,  # draw from so many most probable tokens
     top_p: float | None = None,  # draw from the fewest tokens that have this probability
@@ -213,32 +212,37 @@ def generate(
     stop: int | Collection[int] | None = None,  # tokens after which a row ends
     stream: bool = False,  # give tokens as they come
     key_padding_mask: Bool[Tensor, "b n"] | None = None,  # True is padding, on any side
+    **others: Any,  # names of other libraries: refused, with a hint
 ) -> Any:  # tokens `[b, new]`, of one prompt `[new]`; with `stream` an iterator of `[b]`, or of single tokens
     """The tokens that continue each prompt, at most `max_new_tokens`, in constant memory. Also `model.generate(...)`.
 
-    Raises `ValueError` or `TypeError` naming the argument.
+    They are of the prompt's type, int64 if that can't hold every token. Dropout is off, whatever mode the model is in,
+    and the model is not touched. Raises `ValueError` or `TypeError` naming the argument.
     """
+    refuse_names(generate, others)
     if not isinstance(model, LongNet):
         raise TypeError(complaint("model", "be a LongNet", type(model).__name__, "an encoder can't write"))
     batch = prompt[None] if isinstance(prompt, Tensor) and prompt.dim() == 1 else prompt
-    check_tokens("prompt", batch, model.head_weight.shape[0])
+    batch = check_tokens("prompt", batch, model.vocab_size, padding=key_padding_mask)
     count = check_int("max_new_tokens", max_new_tokens)
     check_drawing(temperature, top_k, top_p)
-    stops = _stops(stop, len(model.head_weight))
+    stops = _stops(stop, model.vocab_size)
     rows = list(batch)
     if key_padding_mask is not None:
-        check_padding(key_padding_mask, batch)
         rows = [row[~pads] for row, pads in zip(batch, key_padding_mask)]
         if not all(map(len, rows)):
             raise ValueError(complaint("prompt", "have a token in each row", "padding alone", "drop the row"))
     if seed is not None and check_int("seed", seed, low=0) >= 2**64:
         raise ValueError(complaint("seed", "be below 2**64", seed, "take a smaller one"))
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    steps = _steps(model, rows, count, lambda x: draw_tokens(x, temperature, top_k, top_p, generator), stops)
+    steps = _steps(
+        evaluating(model), rows, count, lambda x: draw_tokens(x, temperature, top_k, top_p, generator), stops
+    )
     if check_flag("stream", stream):
         return (drawn[0] for drawn in steps) if prompt.dim() == 1 else steps
-    found = torch.stack(list(steps), -1).to(prompt.dtype)
-    return found[0] if prompt.dim() == 1 else found
+    wide = prompt.dtype if torch.iinfo(prompt.dtype).max >= model.vocab_size - 1 else torch.int64
+    tokens = torch.stack(list(steps), -1).to(wide)
+    return tokens[0] if prompt.dim() == 1 else tokens
 
 
 def _stops(stop: Any, vocab_size: int) -> tuple[int, ...]:
@@ -254,11 +258,12 @@ def _stops(stop: Any, vocab_size: int) -> tuple[int, ...]:
 def _steps(
     model: LongNet, rows: list[Tensor], count: int, draw: Callable[[Tensor], Tensor], stops: tuple[int, ...]
 ) -> Iterator[Int[Tensor, " b"]]:
-    "The tokens of each step."
-    weight = model.head_weight
+    "The tokens of each step. Rows of one length are read together, and stand side by side in the cache."
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+    weight = next(p for p in model.parameters() if p.is_floating_point())
     (like,) = cast_like_autocast(weight.new_empty(0))
     caches, logits = [], []
-    for _, same in groupby(rows, key=len):
+    for _, same in groupby((rows[row] for row in order), key=len):
         some = torch.stack(list(same)).to(weight.device)
         longest = some.shape[1] + count
         caches.append(LongNetCache(model.config, len(some), longest, device=weight.device, dtype=like.dtype))
@@ -266,12 +271,14 @@ def _steps(
             last = _next_logits(model, piece, caches[-1])
         logits.append(last)
     cache, last = caches[0] if len(caches) == 1 else JoinedCache(caches), torch.cat(logits)
+    places = torch.tensor(order, device=weight.device)
+    where = places.argsort()  # of each row in the cache
     ended = torch.zeros(len(rows), dtype=torch.bool, device=weight.device)
     drawn = torch.zeros(len(rows), dtype=torch.long, device=weight.device)
     for step in range(count):
         if step:
-            last = _next_logits(model, drawn[:, None], cache)
-        drawn = drawn.where(ended, draw(last))
+            last = _next_logits(model, drawn[places, None], cache)
+        drawn = drawn.where(ended, draw(last[where]))
         yield drawn
         if stops:
             ended = ended | torch.isin(drawn, drawn.new_tensor(stops))
@@ -281,9 +288,9 @@ def _steps(
 
 @torch.no_grad()
 def _next_logits(model: LongNet, tokens: Tensor, cache: LongNetCache | JoinedCache) -> Float[Tensor, "b vocab"]:
-    "Of what follows the last token, without dropout."
-    with evaluating(model):
-        return F.linear(model.hidden(tokens, cache=cache)[:, -1], model.head_weight)
+    "Of what follows the last token. Called with its hooks, but uncompiled: a cache differs at every step."
+    logits: Tensor = model._call_impl(tokens, cache=cache, last=1)
+    return logits[:, -1]
 
 
 LongNet.generate = generate  # type: ignore[assignment, method-assign]

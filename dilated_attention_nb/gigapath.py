@@ -245,9 +245,13 @@ class GigaPathSlideEncoder(ConfiguredModule):
         )  # fmt: skip
         self.patch_embed = nn.ModuleDict({"proj": nn.Linear(c.in_chans, c.embed_dim)})
         self.cls_token = nn.Parameter(torch.empty(1, 1, c.embed_dim))
-        nn.init.normal_(self.cls_token, std=0.02)
+        self.reset_parameters()
         self.encoder = LongNetEncoder(c.encoder)
         self.norm = nn.LayerNorm(c.embed_dim, c.norm_eps)
+
+    def reset_parameters(self) -> None:
+        "Of the class token; each part has its own."
+        nn.init.normal_(self.cls_token, std=0.02)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "tile_size":
@@ -328,7 +332,8 @@ def attention_rollout(
     Abnar and Zuidema 2020, arXiv:2005.00928, without ever making a matrix of weights, and without dropout. Raises as
     the model does.
     """
-    with torch.inference_mode(False), torch.no_grad(), evaluating(model):
+    model = evaluating(model)
+    with torch.inference_mode(False), torch.no_grad():
         stream, mask = model.embed(x, coords, tile_size, key_padding_mask), _after_the_class_token(key_padding_mask)
         states = list(model.encoder.states(stream, mask))
         share = torch.zeros_like(states[0][..., 0])

@@ -31,6 +31,7 @@ from dilated_attention_nb.config import (
     check_kv_heads,
     check_qkv,
     check_scale,
+    check_unshifted,
     complaint,
 )
 from .improved import dilated_attention
@@ -57,6 +58,8 @@ class _Cache:
             check_heads(
                 self.num_heads, check_config("config", config, DilatedAttentionConfig).num_branches, config.mixing
             )
+            most = inf if self.max_seq_len is None else self.max_seq_len
+            check_unshifted(most, config.segment_lengths, config.dilation_rates, config.ragged, "in a cache")
         self.config = config
         home, kind = (None, None) if config is None else (config.device, config.dtype)
         self.device = check_device("device", device) or home or torch.device("cpu")
@@ -143,8 +146,8 @@ class KVCache(_Cache):
 
     @property
     def nbytes(self) -> int:
-        "Of keys and values."
-        return self._k.nbytes + self._v.nbytes
+        "Of keys and values and, from the first padding on, of its mask."
+        return self._k.nbytes + self._v.nbytes + (0 if self._mask is None else self._mask.nbytes)
 
     def append(
         self,
@@ -233,25 +236,26 @@ class _Branch:
         self.w, self.r, self.runs = w, r, runs
         stored = max(run.stored.stop for some in runs.values() for run in some)
         self.k, self.v = buffer(stored, slots), buffer(stored, slots)
-        self.mask: Tensor | None = None  # [b, tokens of a segment], from the first padding on
+        self.masks: dict[int, Tensor] = {}  # of each offset, [b, slots]: from the first padding on
         self.segment = 0  # whose tokens the slots hold
 
     def store(self, first: int, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         "Tokens of one segment, from token `first` of the sequence on."
         n, r = k.shape[1], self.r
         self.segment, inside = divmod(first, self.w)
+        if mask is not None and not self.masks:
+            size = self.k.shape[0], self.k.shape[2]
+            self.masks = {s: torch.zeros(size, dtype=torch.bool, device=k.device) for s in self.runs}
         for s, runs in self.runs.items():
             skip = (s - inside) % r
             if skip < n:
                 slot = (inside + skip) // r
                 slots = slice(slot, slot + len(range(skip, n, r)))
+                if self.masks:
+                    self.masks[s][:, slots] = False if mask is None else mask[:, skip::r]
                 for run in runs:
                     self.k[:, run.stored, slots] = k[:, skip::r, run.kv_heads].transpose(1, 2)
                     self.v[:, run.stored, slots] = v[:, skip::r, run.kv_heads].transpose(1, 2)
-        if mask is not None and self.mask is None:
-            self.mask = torch.zeros(k.shape[0], self.k.shape[2] * r, dtype=torch.bool, device=k.device)
-        if self.mask is not None:
-            self.mask[:, inside : inside + n] = False if mask is None else mask
 
     def parts(
         self, inside: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
@@ -260,14 +264,16 @@ class _Branch:
         n, r = q.shape[1], self.r
         for s, runs in self.runs.items() if n > 1 else [(inside % r, self.runs.get(inside % r, []))]:
             for queries, keys in grid_pairs(n, inside + n, self.w, r, s):
-                if not queries.count:
+                if not (runs and queries.count):
                     continue
                 held = keys.start < inside or n == 1  # in the segment that was begun before
                 there = replace(keys, start=keys.start - inside)
-                padding = self.mask if held else mask
-                if padding is not None:
-                    rows = padding[:, s::r][:, : keys.count] if held else there.view(padding).flatten(0, 1)
-                    padding = rows if rows.any() else None
+                if held:
+                    padding = self.masks[s][:, : keys.count] if self.masks else None
+                else:
+                    padding = None if mask is None else there.view(mask).flatten(0, 1)
+                if padding is not None and not padding.any():
+                    padding = None
                 for run in runs:
                     if held:
                         gk, gv = (x[:, run.stored, : keys.count].transpose(1, 2) for x in (self.k, self.v))
@@ -329,8 +335,11 @@ class DilatedKVCache(_Cache):
 
     @property
     def nbytes(self) -> int:
-        "Of keys and values."
-        return sum(branch.k.nbytes + branch.v.nbytes for branch in self._branches)
+        "Of keys and values and, from the first padding on, of its masks."
+        return sum(
+            branch.k.nbytes + branch.v.nbytes + sum(m.nbytes for m in branch.masks.values())
+            for branch in self._branches
+        )
 
     def rollback(self, count: int) -> None:
         "Forget the last `count` tokens; `ValueError` if their segment has taken the place of one that is needed again."
@@ -345,7 +354,7 @@ class DilatedKVCache(_Cache):
         "Forget everything; the memory stays."
         self.length = 0
         for branch in self._branches:
-            branch.mask, branch.segment = None, 0
+            branch.masks, branch.segment = {}, 0
 
     def __call__(
         self,
@@ -358,7 +367,7 @@ class DilatedKVCache(_Cache):
         "Attend to everything up to each query, and remember. Raises `ValueError` or `TypeError` for what doesn't fit."
         q, k, v = self._checked_step(q, k, v, is_causal, key_padding_mask)
         n = k.shape[1]
-        name = resolve_backend(self.backend, q, key_padding_mask is not None or self._branches[0].mask is not None)
+        name = resolve_backend(self.backend, q, key_padding_mask is not None or bool(self._branches[0].masks))
         wide = torch.promote_types(q.dtype, torch.float32)
         out, lse = torch.zeros_like(q, dtype=wide), torch.full_like(q[..., 0], -inf, dtype=wide)
         for branch in self._branches:

@@ -9,20 +9,23 @@ __all__ = ['POSITIONS', 'DEEPEST', 'LARGEST_EXPONENT', 'LongNetConfig', 'longnet
 
 # %% ../nbs/12_longnet.ipynb #9f16e6b4
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import register_flop_formula
 
 from dilated_attention_nb.config import (
+    BACKENDS,
     LARGEST,
+    LAYER_BACKENDS,
     WIDEST,
     Config,
     ConfiguredModule,
@@ -30,15 +33,32 @@ from dilated_attention_nb.config import (
     MultiheadConfig,
     check_choice,
     check_config,
+    check_cu_seqlens,
     check_dropout,
     check_flag,
     check_heads,
     check_home,
     check_int,
+    check_padding,
     check_positive,
     complaint,
+    readable,
 )
-from .multihead import CONFIGS, KINDS, MultiheadDilatedAttention, magneto_init
+from .improved import Packing
+from dilated_attention_nb.multihead import (
+    ATTENTIONS,
+    CONFIGS,
+    KINDS,
+    MultiheadDilatedAttention,
+    Start,
+    check_packed,
+    is_plain,
+    magneto_init,
+    normal_start,
+    refuse_names,
+    resolve_kind,
+    takes_documents,
+)
 
 # %% ../nbs/12_longnet.ipynb #5c75ec12
 POSITIONS = ("xpos", "rope", "none")
@@ -77,6 +97,7 @@ class LongNetConfig(Config):
     attention: str = "auto"  # kind of attention: "auto", "improved" or "standard"
     max_head_dim: int = 128  # widest head
     normalize_output: bool = field(default=True, metadata={"since": "0.2"})  # a LayerNorm after the last layer
+    backend: str = field(default="auto", metadata={"since": "0.2"})  # "math", attention "standard": second derivatives
 
     def __post_init__(self) -> None:
         def check(by: Callable[[str, Any], Any], *names: str) -> None:
@@ -92,6 +113,7 @@ class LongNetConfig(Config):
         check(check_flag, "tie_embeddings", "activation_checkpointing", "normalize_output")
         check_choice("position", self.position, POSITIONS)
         check_choice("attention", self.attention, tuple(kind for kind in KINDS if kind not in CONFIGS))
+        check_choice("backend", self.backend, BACKENDS if self.attention == "standard" else LAYER_BACKENDS)
         shared = ("embed_dim", "num_heads", "num_kv_heads", "layer_norm_eps", "segment_lengths", "dilation_rates")
         for part in (self.multihead_config, self.attention_config):  # which check what they are given
             self._store(**{name: getattr(part, name) for name in shared if hasattr(part, name)})
@@ -167,13 +189,19 @@ def rotate(
     return torch.view_as_real(product).flatten(-2).to(x.dtype)
 
 
-@dataclass(frozen=True)
 class Rotation:
-    "Positions as factors: `q, k = rotation(q, k)`, the queries being the last `nq` of `nk` positions."
+    """Positions as factors: `q, k = rotation(q, k)`, the queries being the last `nq` of `nk` positions.
 
-    queries: Float[Tensor, "*batch n half 2"]
-    keys: Float[Tensor, "*batch n half 2"]
-    exponent: float  # the largest factor is e to this
+    No dataclass: FSDP would look into it and round the factors to the dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        queries: Float[Tensor, "*batch n half 2"],
+        keys: Float[Tensor, "*batch n half 2"],
+        exponent: float,  # the largest factor is e to this
+    ) -> None:
+        self.queries, self.keys, self.exponent = queries, keys, exponent
 
     def __call__(
         self, q: Float[Tensor, "b nq h d"], k: Float[Tensor, "b nk hk d"]
@@ -208,21 +236,74 @@ def make_rotation(
     exponent = config.window / 2 / config.scale_base * math.log(3.5)
     return Rotation((turns * scales).to(device, dtype), (turns / scales).to(device, dtype), exponent)
 
+# %% ../nbs/12_longnet.ipynb #e5af6056
+def documents_of(cu_seqlens: Int[Tensor, " docs+1"], n: int) -> Int[Tensor, " n"]:
+    "The number of each token's document; behind the last one, that of the last."
+    tokens = torch.arange(n, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens[1:], tokens, right=True).clamp(max=len(cu_seqlens) - 2)
+
+
+@dataclass(frozen=True)
+class Entry:
+    "What goes through the layers: padding has been left out at the door, and comes back at the exit."
+
+    x: Tensor  # [b, n, ...] or, packed, [1, tokens, ...]
+    key_padding_mask: Tensor | None = None  # for attention that keeps padding in its place
+    cu_seqlens: Tensor | None = None  # of packed documents
+    positions: Tensor | None = None  # of packed tokens in their documents, [1, tokens]
+    real: Tensor | None = None  # which of the packed are tokens, [tokens]; None: all
+    packing: Packing | None = None
+
+    @classmethod
+    def of(cls, x: Tensor, mask: Any, cache: Any, cu_seqlens: Any, layers: Iterable[Any]) -> "Entry":
+        "Raises `ValueError` or `TypeError` for a mask or documents that don't fit."
+        attentions = [layer.self_attn for layer in layers if hasattr(layer, "self_attn")]
+        if cu_seqlens is not None:
+            check_packed(mask, cache, attentions)
+            check_cu_seqlens("cu_seqlens", cu_seqlens, x)
+            ends = cu_seqlens.to(x.device)
+            tokens = torch.arange(x.shape[1], device=x.device)
+            positions = tokens - ends[documents_of(ends, x.shape[1])]
+            real = None if readable(cu_seqlens) else tokens < ends[-1]
+            return cls(x, None, ends, positions[None], real)
+        if mask is None:
+            return cls(x)
+        check_padding(mask, x)
+        if cache is not None:
+            advice = "rows of different lengths are read into caches of their own: JoinedCache, or generate"
+            raise ValueError(complaint("key_padding_mask", "be None with a cache", "a mask", advice))
+        if not all(takes_documents(attention.attention) for attention in attentions):
+            return cls(x.masked_fill(mask.view(*mask.shape, *[1] * (x.dim() - 2)), 0), mask)
+        packing = Packing.of(mask)
+        return cls(packing.unpad(x), None, packing.cu_seqlens, packing.positions, packing.real, packing)
+
+    def embedded(self, embedding: nn.Module) -> "Entry":
+        "With the embeddings of its tokens; one with a `context` is told where each stands, so as not to look beyond."
+        known = (
+            (self.x,) if self.positions is None or not getattr(embedding, "context", 0) else (self.x, self.positions)
+        )
+        return replace(self, x=embedding(*known))
+
+    def leave(self, x: Tensor) -> Tensor:
+        "`x` of all places, 0 at padding."
+        return x if self.packing is None else self.packing.pad(x)
+
 # %% ../nbs/12_longnet.ipynb #e5af6057
 class FeedForward(ConfiguredModule):
     "`fc2(LayerNorm(gelu(fc1(x))))`: each position on its own (MAGNETO, Wang et al. 2022, arXiv:2210.06423, figure 2)."
 
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__()
+        self.activation_dropout = config.activation_dropout  # of a config, torch.compile takes it for one that varies
         self.config = config
         self.fc1 = nn.Linear(config.embed_dim, config.inner_dim, config.bias)
         self.ffn_layernorm = nn.LayerNorm(config.inner_dim, config.layer_norm_eps)
         self.fc2 = nn.Linear(config.inner_dim, config.embed_dim, config.bias)
-        magneto_init(self.fc1, config.gain)
-        magneto_init(self.fc2, config.gain)
+        for linear in (self.fc1, self.fc2):
+            Start(linear, magneto_init, config.gain)()
 
     def forward(self, x: Float[Tensor, "b n e"]) -> Float[Tensor, "b n e"]:
-        x = F.dropout(F.gelu(self.fc1(x)), self.config.activation_dropout, self.training)
+        x = F.dropout(F.gelu(self.fc1(x)), self.activation_dropout, self.training)
         out: Tensor = self.fc2(self.ffn_layernorm(x))
         return out
 
@@ -234,7 +315,8 @@ class LongNetLayer(ConfiguredModule):
         super().__init__()
         self.drop_path = config.drop_path * depth / max(1, config.num_layers - 1)  # before config: of this layer
         self.config = config
-        self.self_attn = MultiheadDilatedAttention(config.multihead_config, config.attention_config, config.attention)
+        build = partial(ATTENTIONS[resolve_kind(config.attention)], backend=config.backend)
+        self.self_attn = MultiheadDilatedAttention(config.multihead_config, config.attention_config, build)
         self.self_attn_layer_norm = nn.LayerNorm(config.embed_dim, config.layer_norm_eps)
         self.ffn = FeedForward(config)
         self.final_layer_norm = nn.LayerNorm(config.embed_dim, config.layer_norm_eps)
@@ -246,21 +328,26 @@ class LongNetLayer(ConfiguredModule):
         is_causal: bool = False,
         position: Rotation | None = None,
         cache: Callable[..., Tensor] | None = None,  # attends to earlier tokens as well: see decoding
+        cu_seqlens: Int[Tensor, " docs+1"] | None = None,  # where packed documents end, from 0 to n; batch 1
     ) -> Float[Tensor, "b n e"]:
-        said, _ = self.self_attn(
+        documents = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
+        attended, _ = self.self_attn(
             self.self_attn_layer_norm(x), key_padding_mask=key_padding_mask, is_causal=is_causal, position=position,
-            cache=cache,
+            cache=cache, **documents,
         )  # fmt: skip
-        x = x + self._dropped(said)
-        return x + self._dropped(self.ffn(self.final_layer_norm(x)))
+        x = x + self._dropped(attended, cu_seqlens)
+        return x + self._dropped(self.ffn(self.final_layer_norm(x)), cu_seqlens)
 
-    def _dropped(self, x: Tensor) -> Tensor:
+    def _dropped(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         "Dropout and, for each sample, the chance that nothing is added (Huang et al. 2016, arXiv:1603.09382)."
         x = F.dropout(x, self.config.dropout, self.training)
         if not self.training or self.drop_path == 0:
             return x
-        kept = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.drop_path
-        return x * kept / (1 - self.drop_path)
+        samples = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
+        stays = torch.rand(samples, 1, 1, device=x.device) >= self.drop_path
+        if cu_seqlens is not None:
+            stays = stays[documents_of(cu_seqlens, x.shape[1]), 0][None]
+        return x * stays / (1 - self.drop_path)
 
 # %% ../nbs/12_longnet.ipynb #cd7efe97
 def _check_cache(cache: Any, config: LongNetConfig, x: Tensor) -> None:
@@ -291,63 +378,86 @@ class LayerStack(ConfiguredModule):
         self.config = check_config("config", config, LongNetConfig)
         self.layers = nn.ModuleList(LongNetLayer(config, depth) for depth in range(config.num_layers))
         last = nn.LayerNorm(config.embed_dim, config.layer_norm_eps) if config.normalize_output else nn.Identity()
-        self.layer_norm = last
+        self.layer_norm: Any = last
 
     @property
     def num_layers(self) -> int:
         "As torchscale's encoder has it, where rates of learning that decay with depth look."
         return len(self.layers)
 
-    def _rotation(self, x: Tensor, is_causal: bool, cache: Any) -> Rotation | None:
-        "Of the positions of `x`, for all layers. Raises `RuntimeError` for a cache that an interruption left half way."
-        positions = torch.arange(x.shape[1], device=x.device) if cache is None else cache.positions(x.shape[1])
+    def _rotation(self, entry: Entry, is_causal: bool, cache: Any) -> Rotation | None:
+        "Of the positions, for all layers. Raises `RuntimeError` for a cache that an interruption left half way."
+        n, positions = entry.x.shape[1], entry.positions
+        if cache is not None:
+            positions = cache.positions(n)
+        elif positions is None:
+            positions = torch.arange(n, device=entry.x.device)
         if self.config.position == "none":
             return None
         if self.config.position == "xpos" and not is_causal:
             advice = "use 'rope' or 'none': xPos grows for keys to the right"
             raise ValueError(complaint("position", "not be 'xpos' without is_causal", "'xpos'", advice))
-        return make_rotation(positions, self.config, torch.promote_types(x.dtype, torch.float32))
+        return make_rotation(positions, self.config, torch.promote_types(entry.x.dtype, torch.float32))
 
-    def states(
-        self,
-        x: Float[Tensor, "b n e"],
-        key_padding_mask: Bool[Tensor, "b n"] | None = None,  # True is padding
-        is_causal: bool = False,
-        cache: Any = None,  # a `LongNetCache` of decoding: what earlier tokens left behind
-    ) -> Iterator[Float[Tensor, "b n e"]]:
-        "The stream before the first layer and after each, without the final LayerNorm."
+    def _entered(self, x: Any, key_padding_mask: Any, cache: Any, cu_seqlens: Any) -> Entry:
+        "`x`, checked, without its padding."
         if not isinstance(x, Tensor):
             raise TypeError(complaint("x", "be a tensor [batch, seq, embed_dim]", type(x).__name__, "pass a tensor"))
         if x.dim() != 3 or x.shape[2] != self.config.embed_dim or x.shape[0] == 0 or x.shape[1] == 0:
             rule = f"have shape [batch, seq, embed_dim], none of them 0, with embed_dim {self.config.embed_dim}"
             raise ValueError(complaint("x", rule, tuple(x.shape), "the batch comes first"))
-        if isinstance(self.layer_norm, nn.LayerNorm):
+        if is_plain(self.layer_norm, nn.LayerNorm):
             check_home("x", x, self.layer_norm.weight)
         _check_cache(cache, self.config, x)
-        position = self._rotation(x, is_causal, cache)
-        x = F.dropout(x, self.config.dropout, self.training)
+        return Entry.of(x, key_padding_mask, cache, cu_seqlens, self.layers)
+
+    def _states(self, entry: Entry, is_causal: bool, cache: Any) -> Iterator[Tensor]:
+        "The stream of what has entered."
+        position = self._rotation(entry, is_causal, cache)
+        x = F.dropout(entry.x, self.config.dropout, self.training)
         yield x
         recompute = self.config.activation_checkpointing and torch.is_grad_enabled()
+        documents = () if entry.cu_seqlens is None else (entry.cu_seqlens,)
         for i, layer in enumerate(self.layers):
-            given = (x, key_padding_mask, is_causal, position, None if cache is None else cache.layers[i])
-            x = checkpoint(layer, *given, use_reentrant=False) if recompute else layer(*given)
+            layer_cache = None if cache is None else cache.layers[i]
+            inputs = (x, entry.key_padding_mask, is_causal, position, layer_cache, *documents)
+            x = checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
             yield x
+
+    def states(
+        self,
+        x: Float[Tensor, "b n e"],
+        key_padding_mask: Bool[Tensor, "b n"] | None = None,  # True is padding: left out, and 0 in what comes back
+        is_causal: bool = False,
+        cache: Any = None,  # a `LongNetCache` of decoding: what earlier tokens left behind
+        cu_seqlens: Int[Tensor, " docs+1"] | None = None,  # where packed documents end, from 0 to n; batch 1
+        **others: Any,  # names of other libraries: refused, with a hint
+    ) -> Iterator[Float[Tensor, "b n e"]]:
+        "The stream before the first layer and after each, without the final LayerNorm."
+        refuse_names(LayerStack.states, others)
+        entry = self._entered(x, key_padding_mask, cache, cu_seqlens)
+        for state in self._states(entry, is_causal, cache):
+            yield entry.leave(state)
 
     def forward(
         self,
         x: Float[Tensor, "b n e"],
-        key_padding_mask: Bool[Tensor, "b n"] | None = None,  # True is padding
+        key_padding_mask: Bool[Tensor, "b n"] | None = None,  # True is padding: left out, and 0 in what comes back
         is_causal: bool = False,
         cache: Any = None,  # a `LongNetCache`
+        cu_seqlens: Int[Tensor, " docs+1"] | None = None,  # where packed documents end, from 0 to n; batch 1
+        **others: Any,  # names of other libraries: refused, with a hint
     ) -> Float[Tensor, "b n e"]:
         "Raises `ValueError` for xPos without `is_causal`."
-        for state in self.states(x, key_padding_mask, is_causal, cache):
+        refuse_names(LayerStack.forward, others)
+        entry = self._entered(x, key_padding_mask, cache, cu_seqlens)
+        for state in self._states(entry, is_causal, cache):
             last = state
-        out: Tensor = self.layer_norm(last)
-        return out
+        return entry.leave(self.layer_norm(last))
 
 # %% ../nbs/12_longnet.ipynb #3c3ef8f0
 _LOGITS = 2**22  # computed at a time: 16 MiB in float32
+_INTEGERS = tuple(getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64))
 
 
 def _chunks(x: Tensor, weight: Tensor, targets: Tensor, ignored: int) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
@@ -405,15 +515,30 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, dlosses: Tensor, _: Any) -> tuple[Tensor, Tensor, None, None]:
-    return *losses_backward_op(dlosses, *ctx.saved_tensors, ctx.ignored), None, None
-
-
-def _no_second_derivative(ctx: Any, *_: Any) -> Any:
-    raise NotImplementedError("token_losses has no second derivative; use cross_entropy of the logits")
+    "With create_graph=True in operations that have derivatives themselves, of all logits at once."
+    if not torch.is_grad_enabled():
+        return *losses_backward_op(dlosses, *ctx.saved_tensors, ctx.ignored), None, None
+    x, weight, targets, lse = ctx.saved_tensors
+    counts = targets[:, None] != ctx.ignored
+    chances = (x @ weight.T).to(lse.dtype).softmax(-1)
+    dlogits = chances.scatter_add(1, targets[:, None].where(counts, 0), chances.new_full((len(x), 1), -1.0))
+    dlogits = (dlogits * (dlosses[:, None] * counts)).to(x.dtype)
+    return dlogits @ weight, (dlogits.T @ x).to(weight.dtype), None, None
 
 
 losses_op.register_autograd(_backward, setup_context=_save)
-losses_backward_op.register_autograd(_no_second_derivative)
+
+
+@register_flop_formula(torch.ops.dilated_attention_nb.token_losses)
+def _flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    "Of the product with the head."
+    return 2 * int(x[0]) * int(weight[0]) * int(weight[1])
+
+
+@register_flop_formula(torch.ops.dilated_attention_nb.token_losses_backward)
+def _backward_flops(dlosses: Any, x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    "The logits again, and two gradients."
+    return 3 * _flops(x, weight)
 
 # %% ../nbs/12_longnet.ipynb #0e730884
 def token_losses(
@@ -426,8 +551,8 @@ def token_losses(
 
     Raises `ValueError` for targets or a weight of another shape, `TypeError` for targets that are no integers.
     """
-    if targets.dtype not in (torch.int32, torch.int64):
-        raise TypeError(complaint("targets", "be int64 or int32", targets.dtype, "convert them with .long()"))
+    if targets.dtype not in _INTEGERS:
+        raise TypeError(complaint("targets", "be int64 or other integers", targets.dtype, "convert them with .long()"))
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         got, advice = f"{tuple(weight.shape)} for x {tuple(x.shape)}", "it is the head's, [vocab, width]"
         raise ValueError(complaint("weight", "have a row of x's width for each token", got, advice))
@@ -437,47 +562,140 @@ def token_losses(
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
-    losses: Tensor = losses_op(x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), ignore_index)[0]
-    return losses.view(targets.shape)
+    rows, wanted = x.reshape(-1, x.shape[-1]), targets.reshape(-1).long()
+    if _transformed(x, weight, targets):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        losses = F.cross_entropy((rows @ weight.T).to(wide), wanted, ignore_index=ignore_index, reduction="none")
+    else:
+        losses = losses_op(rows, weight, wanted, ignore_index)[0]
+    out: Tensor = losses.view(targets.shape)
+    return out
+
+
+def _transformed(*tensors: Tensor) -> bool:
+    "Whether torch.func or forward-mode differentiation is at work, for which plain operations are written out."
+    if torch.compiler.is_compiling():
+        return False
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return any(wrapped(x) or unpack_dual(x).tangent is not None for x in tensors)
 
 # %% ../nbs/12_longnet.ipynb #9090201e
-def check_tokens(name: str, x: Any, vocab_size: int, ignored: int | None = None) -> None:
-    """`x` must be token numbers `[batch, seq]`, or `ignored`.
+def check_tokens(
+    name: str, x: Any, vocab_size: int, ignored: int | None = None, padding: Any = None
+) -> Int[Tensor, "b n"]:
+    """Token numbers `[batch, seq]`, of any type of integers, or `ignored`, as int64; at padding `ignored` or 0.
 
-    The numbers themselves are looked at on the CPU, outside of compiled code: elsewhere that would take time.
+    The numbers themselves are looked at on the CPU, where they are `readable`: elsewhere that would take time.
     """
     if not isinstance(x, Tensor):
         raise TypeError(complaint(name, "be a tensor of tokens [batch, seq]", type(x).__name__, "use torch.tensor"))
-    if x.dtype not in (torch.int32, torch.int64):
-        raise TypeError(complaint(name, "be int64 or int32", x.dtype, "convert it with .long()"))
+    if x.dtype not in _INTEGERS:
+        raise TypeError(complaint(name, "be int64 or other integers", x.dtype, "convert it with .long()"))
     if x.dim() != 2 or x.shape[0] == 0 or x.shape[1] == 0:
         rule = "have shape [batch, seq], neither 0"
         raise ValueError(complaint(name, rule, tuple(x.shape), "add the batch with [None]"))
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    x = x.long()
+    if padding is not None:
+        check_padding(padding, x)
+        x = x.masked_fill(padding, 0 if ignored is None else ignored)
+    if x.device.type == "cpu" and readable(x):
         low, high = (int(end) for end in (x if ignored is None else x.where(x != ignored, 0)).aminmax())
         if low < 0 or high >= vocab_size:
             rule = f"be {'' if ignored is None else f'{ignored} or '}in [0, {vocab_size})"
             raise ValueError(complaint(name, rule, low if low < 0 else high, "is it another tokenizer's?"))
+    checked: Tensor = x
+    return checked
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    "Without dropout; afterwards each part of the model is in the mode that it was in."
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+@lru_cache(maxsize=1024)
+def _twin_class(cls: Any) -> Any:
+    "A `cls` that shares everything with a module of that class, except that it evaluates, and its children too."
+
+    def __getattr__(self: Any, name: str) -> Any:
+        twins = object.__getattribute__(self, "_modules")
+        return twins[name] if name in twins else super(twin, self).__getattr__(name)
+
+    def __eq__(self: Any, other: Any) -> bool:
+        return getattr(other, "source", other) is self.source
+
+    body = {
+        "__slots__": ("_modules", "source"), "__getattr__": __getattr__, "twin_of": cls, "__module__": cls.__module__,
+        "training": property(lambda self: False), "_compiled_call_impl": property(lambda self: None),
+        "__eq__": __eq__, "__hash__": lambda self: hash(self.source),  # FSDP looks its state up
+    }  # fmt: skip
+    twin: Any = type(cls.__name__, (cls,), body)
+    return twin
+
+
+def evaluating(module: Any) -> Any:
+    """A twin of the module that evaluates: dropout is off, in foreign modules too. The module is not touched.
+
+    Twin and module share parameters, buffers, hooks and whatever else is stored in them; compiled parts run uncompiled.
+    """
+    module = getattr(module, "_orig_mod", module)  # what torch.compile was given
+    if not isinstance(module, nn.Module) or not any(part.training for part in module.modules()):
+        return module
+    cls: Any = type(module)
+    twin = object.__new__(_twin_class(cls))
+    object.__setattr__(twin, "__dict__", vars(module))
+    children = {name: evaluating(child) for name, child in vars(module)["_modules"].items()}
+    slots: Any = type(twin)
+    slots._modules.__set__(twin, children)
+    slots.source.__set__(twin, module)
+    return twin
 
 
 def _embedding(vocab_size: int, embed_dim: int) -> nn.Embedding:
     "Normal with variance `1 / embed_dim`."
     table = nn.Embedding(vocab_size, embed_dim)
-    nn.init.normal_(table.weight, std=embed_dim**-0.5)
+    Start(table, normal_start, embed_dim**-0.5)()
     return table
+
+# %% ../nbs/12_longnet.ipynb #911ead84
+def called_losses(
+    x: Float[Tensor, "b n e"],
+    head: Callable[[Tensor], Tensor],  # to logits
+    targets: Int[Tensor, "b n"],  # -100 costs nothing
+    vocab_size: int | None,
+) -> Float[Tensor, "b n"]:
+    "`token_losses` of whatever stands for a head: it is called, some tokens at a time, and again in the backward pass."
+
+    def losses(some: Tensor, wanted: Tensor) -> Tensor:
+        logits = head(some)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits.to(wide).flatten(0, 1), wanted.flatten(), reduction="none")
+
+    rows, wanted = x.reshape(1, -1, x.shape[-1]), targets.reshape(1, -1).long()
+    count = max(1, _LOGITS // (vocab_size or 2**16))
+    if torch.compiler.is_compiling() or rows.shape[1] <= count:  # the compiler decides itself what it keeps
+        return losses(rows, wanted).view(targets.shape)
+    parts = zip(rows.split(count, 1), wanted.split(count, 1))
+    return torch.cat([checkpoint(losses, *part, use_reentrant=False) for part in parts]).view(targets.shape)
+
+
+def head_logits(head: nn.Module | None, table: Any) -> Callable[[Tensor], Tensor]:
+    "The head, to be called; without one, the product with the table of embeddings."
+    if head is not None:
+        return head
+    if hasattr(table, "unshard"):  # FSDP keeps it in shares, and only its own call would join them
+        table.unshard()
+    return partial(F.linear, weight=table.weight)
+
+
+def head_losses(
+    x: Float[Tensor, "b n e"],
+    head: Any,  # a module, or None: the table is the head
+    table: Any,  # of embeddings
+    targets: Int[Tensor, "b n"],  # -100 costs nothing
+    vocab_size: int | None,  # about: it says how many logits are made at a time
+) -> Float[Tensor, "b n"]:
+    "In one operator if the head is a plain product; whatever else stands there is called."
+    logits = head_logits(head, table)
+    source = table if head is None else head
+    fused = type(source.weight) in (nn.Parameter, Tensor) if head is None else is_plain(head) and head.bias is None
+    if fused:
+        return token_losses(x, source.weight, targets)
+    return called_losses(x, logits, targets, vocab_size)
 
 # %% ../nbs/12_longnet.ipynb #911ead85
 class LongNet(ConfiguredModule):
@@ -497,48 +715,103 @@ class LongNet(ConfiguredModule):
         head = None if config.tie_embeddings else nn.Linear(config.embed_dim, config.vocab_size, bias=False)
         self.output_projection = head
         if head is not None:
-            nn.init.normal_(head.weight, std=config.embed_dim**-0.5)
+            Start(head, normal_start, config.embed_dim**-0.5)()
 
     @property
     def head_weight(self) -> Float[Tensor, "vocab e"]:
         "Of the output: its own, or the table of embeddings."
         return self.embed_tokens.weight if self.output_projection is None else self.output_projection.weight
 
+    @property
+    def vocab_size(self) -> int:
+        "Of the embeddings that are there, which may have been replaced."
+        size: Any = getattr(self.embed_tokens, "num_embeddings", self.config.vocab_size)
+        return int(size)
+
     def forward(
         self,
-        tokens: Int[Tensor, "b n"],
+        tokens: Int[Tensor, "b n"] = None,  # type: ignore[assignment]
         targets: Int[Tensor, "b n"] | None = None,  # what follows each token; -100 is left out
         key_padding_mask: Bool[Tensor, "b n"] | None = None,  # True is padding, left out of the loss too
         reduction: str = "mean",  # over the targets that count; or "none"
         cache: Any = None,  # a `LongNetCache` of decoding: the tokens follow those that it has read
+        cu_seqlens: Int[Tensor, " docs+1"] | None = None,  # where packed documents end, from 0 to n; batch 1
+        last: int | None = None,  # logits of so many last tokens alone; None: of all
+        **others: Any,  # names of other libraries: refused, with a hint
     ) -> Float[Tensor, "b n vocab"] | Float[Tensor, ""] | Float[Tensor, "b n"]:
         """Logits or, with targets, the loss in nats, computed without ever holding all logits.
 
-        Raises `ValueError` or `TypeError` naming the argument.
+        Padding is left out, on whatever side, and its logits and losses are 0. Raises `ValueError` or `TypeError`.
         """
+        refuse_names(LongNet.forward, others)
         check_choice("reduction", reduction, ("mean", "none"))
-        x = self.hidden(tokens, key_padding_mask, cache)
+        entry = self._entered(tokens, key_padding_mask, cache, cu_seqlens)
+        x = self._hidden(entry, cache)
+        if last is not None:
+            if targets is not None or entry.cu_seqlens is not None:
+                got = f"{last} with targets, padding or documents"
+                raise ValueError(complaint("last", "be None there", got, "take rows of what comes back"))
+            x = x[:, -check_int("last", last) :]
         if targets is None:
-            return F.linear(x, self.head_weight)
-        check_tokens("targets", targets, self.head_weight.shape[0], -100)
-        check_home("targets", targets, self.head_weight)
-        if targets.shape[0] != tokens.shape[0] or targets.shape[1] != tokens.shape[1]:
+            return entry.leave(self.logits(x))
+        targets = self._wanted(entry, tokens, targets, key_padding_mask)
+        losses = self.losses(x, targets)
+        if reduction == "none":
+            return entry.leave(losses)
+        mean: Tensor = losses.sum() / (targets != -100).sum().clamp(min=1)
+        return mean
+
+    def _entered(self, tokens: Any, key_padding_mask: Any, cache: Any, cu_seqlens: Any) -> Entry:
+        "Tokens, checked, without their padding."
+        tokens = check_tokens("tokens", tokens, self.vocab_size, padding=key_padding_mask)
+        if (weight := next(self.embed_tokens.parameters(), None)) is not None:
+            check_home("tokens", tokens, weight)
+        _check_cache(cache, self.config, tokens)
+        return Entry.of(tokens, key_padding_mask, cache, cu_seqlens, self.decoder.layers)
+
+    def _wanted(self, entry: Entry, tokens: Tensor, targets: Any, key_padding_mask: Any) -> Int[Tensor, "b n"]:
+        "Targets, checked, without padding; -100 where there is no token."
+        if isinstance(targets, Tensor) and targets.shape != tokens.shape:
             rule = f"have the shape of tokens {tuple(tokens.shape)}"
             raise ValueError(complaint("targets", rule, tuple(targets.shape), "they are the tokens, shifted by one"))
-        if key_padding_mask is not None:
-            targets = targets.masked_fill(key_padding_mask, -100)
-        losses = token_losses(x, self.head_weight, targets)
-        return losses if reduction == "none" else losses.sum() / (targets != -100).sum().clamp(min=1)
+        targets = check_tokens("targets", targets, self._targets_below(), -100, key_padding_mask)
+        check_home("targets", targets, entry.x)
+        if entry.packing is not None:
+            targets = entry.packing.unpad(targets)
+        if entry.real is not None:
+            targets = targets.where(entry.real, -100)
+        wanted: Tensor = targets
+        return wanted
+
+    def _targets_below(self) -> int:
+        size: Any = getattr(self.output_projection, "out_features", self.vocab_size)
+        return int(size)
+
+    def logits(self, x: Float[Tensor, "b n e"]) -> Float[Tensor, "b n vocab"]:
+        "What the head makes of `hidden` states."
+        out: Tensor = head_logits(self.output_projection, self.embed_tokens)(x)
+        return out
+
+    def losses(self, x: Float[Tensor, "b n e"], targets: Int[Tensor, "b n"]) -> Float[Tensor, "b n"]:
+        "Of `hidden` states, in nats; a target of -100 costs nothing."
+        head, table = self.output_projection, self.embed_tokens
+        return head_losses(x, head, table, targets, self._targets_below())
 
     def hidden(
-        self, tokens: Int[Tensor, "b n"], key_padding_mask: Bool[Tensor, "b n"] | None = None, cache: Any = None
+        self,
+        tokens: Int[Tensor, "b n"],
+        key_padding_mask: Bool[Tensor, "b n"] | None = None,
+        cache: Any = None,
+        cu_seqlens: Int[Tensor, " docs+1"] | None = None,
     ) -> Float[Tensor, "b n e"]:
         "What the head reads: of every token, or of those that follow what the cache has read. Raises as `forward`."
-        check_tokens("tokens", tokens, self.head_weight.shape[0])
-        check_home("tokens", tokens, self.head_weight)
-        _check_cache(cache, self.config, tokens)
-        x = self.embed_tokens(tokens) if cache is None else cache.embed(self.embed_tokens, tokens)
-        states: Tensor = self.decoder(x * self.config.embed_dim**0.5, key_padding_mask, True, cache)
+        entry = self._entered(tokens, key_padding_mask, cache, cu_seqlens)
+        return entry.leave(self._hidden(entry, cache))
+
+    def _hidden(self, entry: Entry, cache: Any) -> Tensor:
+        embed, documents = self.embed_tokens, () if entry.cu_seqlens is None else (entry.cu_seqlens,)
+        x = entry.embedded(embed).x if cache is None else cache.embed(embed, entry.x)
+        states: Tensor = self.decoder(x * self.config.embed_dim**0.5, entry.key_padding_mask, True, cache, *documents)
         return states
 
     def generate(self, *args: Any, **options: Any) -> Any:
@@ -547,33 +820,36 @@ class LongNet(ConfiguredModule):
 
 # %% ../nbs/12_longnet.ipynb #ada8acfa
 class LongNetEncoder(LayerStack):
-    "A `LayerStack` over embeddings or, if the config has a `vocab_size`, tokens as well."
+    """A `LayerStack` over embeddings or, if the config has a `vocab_size`, tokens as well.
+
+    Raises `ValueError` for xPos, which knows one direction only.
+    """
 
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__(config)
+        if config.position == "xpos":
+            advice = "xPos grows for keys to the right; a causal stack is a LayerStack or a LongNet"
+            raise ValueError(complaint("position", "be 'rope' or 'none' in an encoder", "'xpos'", advice))
         self.embed_tokens = None if config.vocab_size is None else _embedding(config.vocab_size, config.embed_dim)
 
-    def states(
-        self,
-        x: Float[Tensor, "b n e"] | Int[Tensor, "b n"],
-        key_padding_mask: Bool[Tensor, "b n"] | None = None,  # True is padding
-        is_causal: bool = False,
-        cache: Any = None,  # a `LongNetCache`
-    ) -> Iterator[Float[Tensor, "b n e"]]:
-        "The stream before the first layer and after each. Raises `ValueError` or `TypeError` for another input."
+    def _entered(self, x: Any, key_padding_mask: Any, cache: Any, cu_seqlens: Any) -> Entry:
+        "Embeddings, or those of tokens, checked, without their padding. Raises `ValueError` or `TypeError`."
         if isinstance(x, Tensor) and not x.is_floating_point() and self.embed_tokens is not None:
-            check_tokens("x", x, self.embed_tokens.num_embeddings)
-            x = self.embed_tokens(x) * self.config.embed_dim**0.5
+            size: Any = getattr(self.embed_tokens, "num_embeddings", self.config.vocab_size)
+            x = check_tokens("x", x, size, padding=key_padding_mask)
+            _check_cache(cache, self.config, x)
+            entry = Entry.of(x, key_padding_mask, cache, cu_seqlens, self.layers).embedded(self.embed_tokens)
+            return replace(entry, x=entry.x * self.config.embed_dim**0.5)
         if not isinstance(x, Tensor) or not x.is_floating_point():
             got = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(complaint("x", "be embeddings [batch, seq, embed_dim]", got, "vocab_size allows tokens"))
-        yield from super().states(x, key_padding_mask, is_causal, cache)
+        return super()._entered(x, key_padding_mask, cache, cu_seqlens)
 
 # %% ../nbs/12_longnet.ipynb #de183bd7
 def parameter_counts(config: LongNetConfig) -> dict[str, int]:
     "Numbers in the parameters of a `LongNet` (of a `LongNetEncoder` without `vocab_size`), by part and in total."
     with torch.device("meta"):
-        model = LongNetEncoder(config) if config.vocab_size is None else LongNet(config)
+        model = LayerStack(config) if config.vocab_size is None else LongNet(config)
     counts = dict.fromkeys(("embeddings", "attention", "feed-forward", "norms"), 0)
     for name, parameter in model.named_parameters():
         outer = "embed" in name or "output" in name

@@ -8,16 +8,19 @@ __all__ = ['ATTENTIONS', 'CONFIGS', 'KINDS', 'LONGEST_WEIGHTS', 'resolve_kind', 
 
 # %% ../nbs/11_multihead.ipynb #b252951d
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 from functools import partial
+from inspect import signature
 from typing import Any, TypeVar
+from weakref import ref
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 from .block_sparse import BlockSparseAttention
 from .block_sparse_ring import BlockSparseRingDilatedAttention
@@ -106,20 +109,89 @@ def create_dilated_attention(
     return build(_completed("config", config, cls, values))
 
 # %% ../nbs/11_multihead.ipynb #7832005d
-def _plain(linear: nn.Module) -> bool:
-    "Whether calling it is `F.linear` and nothing else: not a subclass, an adapter, hooked or patched."
-    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
-    return type(linear) is nn.Linear and not any(hooks) and "forward" not in vars(linear)
+def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
+    "Whether calling it is what its `kind` does with its parameters: no subclass, other tensors, hook or patch."
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if getattr(type(module), "twin_of", type(module)) is not kind or type(module.weight) not in (nn.Parameter, Tensor):
+        return False
+    patched = "forward" in vars(module) or "_compiled_call_impl" in vars(module)
+    return not (patched or any(hooks) or _has_any_global_hook())
 
 
 def project(x: Float[Tensor, "b n e"], *projections: nn.Module) -> tuple[Tensor, ...]:
     "What each projection makes of `x`: one product, cut in views, if all are plain `nn.Linear`, with or without bias."
-    if not all(map(_plain, projections)) or len({p.bias is None for p in projections}) > 1:
+    if not all(map(is_plain, projections)) or len({p.bias is None for p in projections}) > 1:
         return tuple(p(x) for p in projections)
     weights, biases = zip(*((p.weight, p.bias) for p in projections))
     bias = None if biases[0] is None else torch.cat(biases)
     views: tuple[Tensor, ...] = F.linear(x, torch.cat(weights), bias).split([len(w) for w in weights], -1)
     return views
+
+# %% ../nbs/11_multihead.ipynb #7832005e
+HINTS = {  # names of other libraries, and what to use here
+    "input_ids": "the tokens come first: model(tokens)",
+    "inputs_embeds": "embeddings go through a LongNetEncoder",
+    "labels": "pass targets=: for each token the one that follows, tokens[:, 1:]; nothing is shifted here",
+    "attention_mask": "pass key_padding_mask=attention_mask == 0: True is padding",
+    "padding_mask": "pass key_padding_mask=: True is padding",
+    "src_key_padding_mask": "pass key_padding_mask=: True is padding",
+    "encoder_padding_mask": "pass key_padding_mask=: True is padding",
+    "attn_mask": "pass is_causal=True or key_padding_mask=: other masks are no dilated attention",
+    "mask": "pass is_causal=True or key_padding_mask=: other masks are no dilated attention",
+    "causal": "pass is_causal=",
+    "position_ids": "positions are counted here, in packed documents from cu_seqlens= on",
+    "cu_seqlens_q": "pass cu_seqlens=, of queries and keys alike",
+    "cu_seqlens_k": "pass cu_seqlens=, of queries and keys alike",
+    "max_seqlen": "leave it out: cu_seqlens= tells the lengths",
+    "token_type_ids": "there are none here; leave them out",
+    "past_key_values": "pass cache=LongNetCache(model.config, batch_size)",
+    "use_cache": "pass cache=LongNetCache(model.config, batch_size); generate makes its own",
+    "logits_to_keep": "pass last=",
+    "return_dict": "a tensor comes back; leave it out",
+    "output_hidden_states": "an encoder's states(x) gives them one by one",
+    "output_attentions": "weights are never stored; a multi-head layer gives them with need_weights=True",
+    "max_length": "pass max_new_tokens=, which doesn't count the prompt",
+    "max_tokens": "pass max_new_tokens=",
+    "min_new_tokens": "there is no such limit here",
+    "do_sample": "pass temperature=0 for the most probable token, above 0 to draw",
+    "num_beams": "there is no beam search here; temperature=0 takes the most probable token",
+    "num_return_sequences": "repeat the prompt: prompt.expand(count, -1)",
+    "eos_token_id": "pass stop=",
+    "stop_token_ids": "pass stop=",
+    "stop_strings": "pass stop= with tokens",
+    "pad_token_id": "pass key_padding_mask=: True is padding",
+    "bos_token_id": "put it in front of the prompt",
+    "streamer": "pass stream=True and iterate over what comes back",
+    "generator": "pass seed=",
+    "repetition_penalty": "there is none here; draw from model(tokens, cache=cache) yourself",
+    "generation_config": "pass temperature=, top_k=, top_p= and stop= themselves",
+}
+
+
+def refuse_names(where: Any, names: Mapping[str, Any]) -> None:
+    "A `TypeError` if there are arguments by other names, with what to use instead of the first."
+    for name in names:
+        known = tuple(key for key in signature(where).parameters if key not in ("self", "others"))
+        advice = HINTS.get(name) or hint(name, known)
+        raise TypeError(f"{where.__qualname__} has no argument {name!r}; {advice}")
+
+
+def takes_documents(attention: Any) -> bool:
+    "Whether it attends to packed documents, so that padding can be left out; rings and other kinds take masks."
+    return isinstance(getattr(attention, "_orig_mod", attention), (DilatedAttention, ImprovedDilatedAttention))
+
+
+def check_packed(key_padding_mask: Any, cache: Any, layers: Iterable[Any]) -> None:
+    "Raises `ValueError` for what packed documents can't go with: padding, a cache, or attention of another kind."
+    for name, other in (("key_padding_mask", key_padding_mask), ("cache", cache)):
+        if other is not None:
+            advice = "packed documents have no padding" if cache is None else "read each document into its own cache"
+            raise ValueError(complaint(name, "be None beside cu_seqlens", type(other).__name__, advice))
+    for layer in layers:
+        if not takes_documents(layer.attention):
+            got = f"documents for {type(layer.attention).__name__}"
+            advice = "rings and other kinds take one sequence; call them for each document"
+            raise ValueError(complaint("cu_seqlens", "be None", got, advice))
 
 # %% ../nbs/11_multihead.ipynb #6a1d5589
 @torch.no_grad()
@@ -128,6 +200,25 @@ def magneto_init(linear: nn.Linear, gain: float) -> None:
     nn.init.xavier_normal_(linear.weight, gain)
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)
+
+
+def normal_start(module: Any, std: float) -> None:
+    "Normal with this standard deviation."
+    nn.init.normal_(module.weight, std=std)
+
+
+class Start:
+    "A module's own `reset_parameters`: `init(module, *values)`, whatever was reset before it. No cycle of references."
+
+    def __init__(self, module: nn.Module, init: Callable[..., None], *values: Any) -> None:
+        self.module, self.init, self.values = ref(module), init, values
+        setattr(module, "reset_parameters", self)  # noqa: B010 - mypy knows no such attribute
+
+    def __call__(self) -> None:
+        self.init(self.module(), *self.values)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.module(), self.init, *self.values)
 
 # %% ../nbs/11_multihead.ipynb #7708de68
 LONGEST_WEIGHTS = 2048  # keys for which need_weights=True still answers
@@ -147,8 +238,8 @@ def attention_weights(
         raise ValueError(complaint("need_weights", rule, f"True for {nk}", "ask for a shorter piece"))
     units = torch.eye(nk, -(-nk // d) * d, dtype=q.dtype, device=q.device)
     values = (part[None, :, None].expand(b, -1, heads, -1) for part in units.split(d, 1))
-    found = [attention(q, k, v, is_causal=is_causal, key_padding_mask=key_padding_mask) for v in values]
-    return torch.cat(found, -1)[..., :nk].transpose(1, 2)
+    rows = [attention(q, k, v, is_causal=is_causal, key_padding_mask=key_padding_mask) for v in values]
+    return torch.cat(rows, -1)[..., :nk].transpose(1, 2)
 
 
 class MultiheadDilatedAttention(ConfiguredModule):
@@ -174,20 +265,29 @@ class MultiheadDilatedAttention(ConfiguredModule):
             nn.Linear(c.embed_dim, heads * c.head_dim, c.bias, a.device, a.dtype)
             for heads in (c.num_heads, c.kv_heads, c.kv_heads, c.num_heads)
         )
+        for linear, gain in zip(self._projections(), (1.0, 1.0, c.gamma_init, c.gamma_init)):
+            Start(linear, magneto_init, gain)
         norm = nn.LayerNorm(c.embed_dim, c.layer_norm_eps, device=a.device, dtype=a.dtype) if c.layer_norm else None
         self.inner_attn_ln = norm
-        own: dict[str, Any] = {"head_dim": c.head_dim} if isinstance(a, SparseAttentionConfig) else {}
+        own: dict[str, Any] = {}
+        if isinstance(a, SparseAttentionConfig):
+            own = {"head_dim": c.head_dim}
+            if a.head_dim is not None and a.head_dim != c.head_dim:
+                raise ValueError(
+                    complaint("head_dim", f"be {c.head_dim}, embed_dim / num_heads", a.head_dim, "leave it out")
+                )
         self.attention = build(replace(a, dropout=0.0, device=None, dtype=None, **own)).to(a.device, a.dtype)
         self.reset_parameters()
 
+    def _projections(self) -> tuple[nn.Module, ...]:
+        return self.q_proj, self.k_proj, self.v_proj, self.out_proj
+
     def reset_parameters(self) -> None:
-        "`magneto_init`, with gain `gamma_init` for values and output."
-        for linear in (self.q_proj, self.k_proj):
-            magneto_init(linear, 1.0)
-        for linear in (self.v_proj, self.out_proj):
-            magneto_init(linear, self.config.gamma_init)
-        if self.inner_attn_ln is not None:
-            self.inner_attn_ln.reset_parameters()
+        "Of the projections, by `magneto_init` with gain `gamma_init` for values and output, and of the LayerNorm."
+        parts: tuple[Any, ...] = *self._projections(), self.inner_attn_ln
+        for part in parts:
+            if hasattr(part, "reset_parameters"):
+                part.reset_parameters()
 
     def forward(
         self,
@@ -201,43 +301,53 @@ class MultiheadDilatedAttention(ConfiguredModule):
         average_attn_weights: bool = True,  # over the heads
         position: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,  # of q and k, once projected
         cache: Callable[..., Tensor] | None = None,  # attends instead, and remembers: see decoding
+        cu_seqlens: Int[Tensor, " docs+1"] | None = None,  # where packed documents end, from 0 to n; batch 1
+        **others: Any,  # names of other libraries: refused, with a hint
     ) -> tuple[Float[Tensor, "b nq e"], Tensor | None]:
         """Output and None or, with `need_weights`, weights `[b, nq, nk]` (`[b, h, nq, nk]` if not averaged).
 
-        Queries are the last `nq` of `nk` positions. With groups mixing a row of weights adds up to 1/G, as the
-        output is divided by G. Raises `ValueError` or `TypeError` naming the argument.
+        Queries are the last `nq` of `nk` positions. Padding keeps its place, as in `nn.MultiheadAttention`; models
+        leave it out. With groups mixing a row of weights adds up to 1/G, as the output is divided by G. Raises
+        `ValueError` or `TypeError` naming the argument.
         """
+        refuse_names(MultiheadDilatedAttention.forward, others)
         key = query if key is None else key
         value = key if value is None else value
         inputs = ("query", query, self.q_proj), ("key", key, self.k_proj), ("value", value, self.v_proj)
         for name, x, projection in inputs:
             self._check_input(name, x, projection)
-        others: dict[str, Any] = {"position": position, "cache": cache}
-        for name, given in others.items():
-            if given is not None and not callable(given):
+        callables: dict[str, Any] = {"position": position, "cache": cache}
+        for name, called in callables.items():
+            if called is not None and not callable(called):
                 advice = "a Rotation of longnet, a KVCache or DilatedKVCache can be"
-                raise TypeError(complaint(name, "be None or callable", type(given).__name__, advice))
+                raise TypeError(complaint(name, "be None or callable", type(called).__name__, advice))
+        self._check_weights(check_flag("need_weights", need_weights), cache)
+        if cu_seqlens is not None:
+            check_packed(key_padding_mask, cache, [self])
         flat = self._project(query, key, value, position is not None)
         q, k, v = (x.unflatten(-1, (-1, self.config.head_dim)) for x in flat)
         if position is not None:
             q, k = position(q, k)
-        attend = self.attention if cache is None else cache
+        attend: Callable[..., Tensor] = self.attention if cache is None else cache
+        attend = attend if cu_seqlens is None else partial(attend, cu_seqlens=cu_seqlens)
         out = attend(q, k, v, is_causal=is_causal, key_padding_mask=key_padding_mask).flatten(2)
         out = F.dropout(out, self.attention_config.dropout, self.training)
         if self.inner_attn_ln is not None:
             out = self.inner_attn_ln(out)
-        if not check_flag("need_weights", need_weights):
+        if not need_weights:
             return self.out_proj(out), None
-        if cache is not None:
-            raise ValueError(complaint("need_weights", "be False with a cache", True, "pass the sequence in one piece"))
-        if isinstance(self.attention, RingLayer) and self.attention.ring().size > 1:
-            rule = "be False on a ring of several ranks"
-            raise ValueError(complaint("need_weights", rule, True, "gather the sequence and ask one device"))
-        weights = attention_weights(self.attention, q, k, is_causal, key_padding_mask)
+        weights = attention_weights(attend, q, k, is_causal, key_padding_mask)
         averaged = check_flag("average_attn_weights", average_attn_weights)
         return self.out_proj(out), weights.mean(1) if averaged else weights
 
-    def _check_input(self, name: str, x: Any, projection: nn.Linear) -> None:
+    def _check_weights(self, wanted: bool, cache: Any) -> None:
+        if wanted and cache is not None:
+            raise ValueError(complaint("need_weights", "be False with a cache", True, "pass the sequence in one piece"))
+        if wanted and isinstance(self.attention, RingLayer) and self.attention.ring().size > 1:
+            rule = "be False on a ring of several ranks"
+            raise ValueError(complaint("need_weights", rule, True, "gather the sequence and ask one device"))
+
+    def _check_input(self, name: str, x: Any, projection: Any) -> None:
         width = self.config.embed_dim
         if not isinstance(x, Tensor):
             raise TypeError(complaint(name, "be a tensor [batch, seq, embed_dim]", type(x).__name__, "pass a tensor"))
@@ -246,7 +356,7 @@ class MultiheadDilatedAttention(ConfiguredModule):
             raise ValueError(complaint(name, rule, tuple(x.shape), "the batch comes first"))
         if not x.is_floating_point():
             raise TypeError(complaint(name, "be a floating-point tensor", x.dtype, "embed tokens first"))
-        if _plain(projection):  # others may convert what they are given
+        if is_plain(projection):  # others may convert what they are given
             check_home(name, x, projection.weight)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor, moved: bool = False) -> tuple[Tensor, ...]:
@@ -276,6 +386,8 @@ def create_multihead_dilated_attention(
     of: dict[type[Config], dict[str, Any]] = {MultiheadConfig: {}, cls: {}}
     for name, value in values.items():
         of[_owner(name, *of)][name] = value
-    attention = _completed("attention_config", attention_config, cls, of[cls])
     heads = _completed("config", config, MultiheadConfig, of[MultiheadConfig])
+    if attention_config is None and issubclass(cls, SparseAttentionConfig):
+        of[cls].setdefault("head_dim", heads.head_dim)
+    attention = _completed("attention_config", attention_config, cls, of[cls])
     return MultiheadDilatedAttention(heads, attention, _builder(kind, group))

@@ -1,6 +1,7 @@
 "Block-sparse attention: patterns, their cache, every path against the oracle with the dense mask, life as a module."
 
 import copy
+import dataclasses
 import pickle
 import threading
 import time
@@ -14,9 +15,11 @@ from conftest import drawn
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from dilated_attention_nb import block_attention, block_patterns, block_plan, block_sparse, partial, testing
 from dilated_attention_nb.block_patterns import BlockPattern, PatternCache, block_pattern
@@ -27,7 +30,8 @@ from dilated_attention_nb.block_sparse import (
     block_sparse_attention,
     pooled,
 )
-from dilated_attention_nb.config import SPARSE_PATTERNS, SparseAttentionConfig
+from dilated_attention_nb.block_sparse_ring import BlockSparseRingDilatedAttention
+from dilated_attention_nb.config import SPARSE_PATTERNS, BlockSparseRingConfig, SparseAttentionConfig
 from dilated_attention_nb.multihead import create_dilated_attention, create_multihead_dilated_attention
 from dilated_attention_nb.partial import attend
 from dilated_attention_nb.testing import (
@@ -661,8 +665,11 @@ def test_flex_attention_agrees():
 # ---------------------------------------------------------------- module, adaptive
 
 
-def config(**values):
-    return SparseAttentionConfig(**{"segment_lengths": (128,), "dilation_rates": (3,), "block_size": 16, **values})
+def config(cls=SparseAttentionConfig, **values):
+    "For any length, unless a test says otherwise."
+    branched = values.get("pattern_type", "dilated_sparse") in ("dilated_sparse", "hierarchical")
+    branches = {"segment_lengths": (128,), "dilation_rates": (3,)} if branched else {}
+    return cls(**{**branches, "block_size": 16, "ragged": "mask", **values})
 
 
 ADAPTIVE = dict(pattern_type="adaptive", enable_adaptive=True, head_dim=8)
@@ -698,20 +705,142 @@ def test_module_shares_a_cache():
     assert cache.made == 1
 
 
-@pytest.mark.parametrize(
-    "values, error, words",
-    [
-        (dict(mixing="softmax"), ValueError, "mixing must be 'groups'"),
-        (dict(offsets="interleaved"), ValueError, "offsets"),
-        (dict(ragged="zeros"), ValueError, "ragged"),
-        (dict(enable_adaptive=True), ValueError, "only for it, got True with 'dilated_sparse'"),
-        (dict(pattern_type="adaptive"), ValueError, "got False with 'adaptive'"),
-        (dict(pattern_type="adaptive", enable_adaptive=True), ValueError, "head_dim must be given"),
-    ],
-)
-def test_options_without_a_meaning_are_refused(values, error, words):
-    with pytest.raises(error, match=words):
-        BlockSparseAttention(config(**values))
+BRANCHED = ("dilated_sparse", "hierarchical")
+REFUSED = [
+    (dict(mixing="softmax"), "mixing must be 'groups'"),
+    (dict(offsets="interleaved"), "offsets"),
+    (dict(ragged="zeros"), "ragged"),
+    (dict(enable_adaptive=True), "only for it, got True with 'dilated_sparse'"),
+    (dict(pattern_type="adaptive"), "got False with 'adaptive'"),
+    (dict(pattern_type="adaptive", enable_adaptive=True), "head_dim must be given"),
+    (dict(pattern_type="strided", seed=1), "seed must be 0 for pattern 'strided'"),
+    (dict(segment_lengths=(), dilation_rates=()), "needs segment_lengths for 'dilated_sparse'"),
+    (dict(pattern_type="hierarchical", segment_lengths=(), dilation_rates=()), "needs segment_lengths"),
+    (dict(pattern_type="random", segment_lengths=(64,)), "dilation_rates must have an entry"),
+]
+
+
+@pytest.mark.parametrize("values, words", REFUSED)
+def test_the_config_refuses_what_has_no_meaning(values, words):
+    with pytest.raises(ValueError, match=words):
+        config(**values)
+    with pytest.raises(ValueError, match="not be 'adaptive' on a ring" if "adaptive" in values.values() else words):
+        config(BlockSparseRingConfig, **values)
+
+
+def branches_of(name):
+    return {"segment_lengths": (64, 128), "dilation_rates": (2, 3)} if name in BRANCHED else {}
+
+
+def response(c):
+    "What a config makes of two sequences, in training: outputs, or the errors that stand for them."
+    found = []
+    for n, dtype in ((384, torch.float32), (100, torch.float32), (384, torch.float64)):
+        torch.manual_seed(0)
+        q, k, v = make_qkv(1, n, 4, 8, dtype=dtype)
+        try:
+            found.append(BlockSparseAttention(c).train()(q, k, v).double().sum().item())
+        except (ValueError, TypeError, RuntimeError) as error:
+            found.append(str(error))
+    return found
+
+
+CHANGES = dict(
+    segment_lengths=(50, 100), dilation_rates=(1, 9), dropout=0.5, mixing="softmax", offsets="interleaved",
+    ragged="mask", device="meta", dtype="float64", pattern_type="random", sparsity_ratio=0.7, block_size=64,
+    enable_adaptive=True, head_dim=16, seed=3,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(SparseAttentionConfig)])
+@pytest.mark.parametrize("name", SPARSE_PATTERNS)
+def test_every_field_of_every_pattern_changes_something_or_is_refused(name, field):
+    if field == "use_tf32":
+        pytest.skip("of float32 products on CUDA only")
+    own = branches_of(name) | (ADAPTIVE if name == "adaptive" else dict(pattern_type=name))
+    base = SparseAttentionConfig(**{"block_size": 16, "sparsity_ratio": 0.3, **own})
+    change = {field: CHANGES[field]}
+    if field == "pattern_type" and name == "random":
+        change = {"pattern_type": "strided"}
+    if field in ("segment_lengths", "dilation_rates") and name not in BRANCHED:  # one needs the other
+        change = {"segment_lengths": CHANGES["segment_lengths"], "dilation_rates": (1, 2)}
+        with pytest.warns(UserWarning, match="has no branches: dilation_rates \\(1, 2\\) change nothing"):
+            changed = dataclasses.replace(base, **change)
+    elif field == "enable_adaptive" and name == "adaptive":
+        change = {"enable_adaptive": False}
+    try:
+        changed = dataclasses.replace(base, **change)
+    except ValueError as error:
+        assert field in str(error)
+        return
+    assert response(changed) != response(base)
+
+
+def test_patterns_without_branches_need_none():
+    for name in FIXED:
+        if name not in BRANCHED:
+            attention = BlockSparseAttention(SparseAttentionConfig(pattern_type=name, block_size=16))
+            assert attention(*make_qkv(1, 64, 4, 8)).shape == (1, 64, 4, 8)
+            with pytest.raises(ValueError, match="length 50 is not a multiple of block_size 16; .* pad to 64"):
+                attention(*make_qkv(1, 50, 4, 8))
+
+
+@pytest.mark.parametrize("name", SPARSE_PATTERNS)
+def test_lengths_are_multiples_unless_ragged_is_mask(name):
+    own = ADAPTIVE if name == "adaptive" else dict(pattern_type=name)
+    strict, free = (
+        BlockSparseAttention(config(segment_lengths=(32, 48), dilation_rates=(1, 1), ragged=ragged, **own))
+        for ragged in ("error", "mask")
+    )
+    for n in (96, 64, 50):
+        q, k, v = make_qkv(1, n, 4, 8)
+        assert free(q, k, v).shape == q.shape
+        if n == 96:
+            assert strict(q, k, v).shape == q.shape and strict(q[:, 40:], k, v).shape == (1, 56, 4, 8)
+            continue
+        with pytest.raises(ValueError, match=f"sequence length {n} is not a multiple of segment length"):
+            strict(q, k, v)
+
+
+def test_no_branch_of_a_pattern_is_dropped():
+    "In silence: by the module, its pattern, the ring, the multi-head layer and the functional form."
+    four = {"segment_lengths": (128, 256, 512, 512), "dilation_rates": (1, 2, 4, 8)}
+    q, k, v = make_qkv(1, 512, 2, 16)
+    c = config(**four)
+    made = block_pattern("dilated_sparse", 512, block_size=16, num_heads=2, **four)
+    ring = BlockSparseRingDilatedAttention(BlockSparseRingConfig(**four, block_size=16))
+    for call in (
+        lambda: BlockSparseAttention(c)(q, k, v),
+        lambda: BlockSparseAttention(c).pattern(512, 2),
+        lambda: ring.simulate(q, k, v, 2),
+        lambda: ring(q, k, v),
+        lambda: create_multihead_dilated_attention("block_sparse", embed_dim=32, num_heads=2, block_size=16, **four),
+        lambda: block_sparse_attention(q, k, v, made),
+    ):
+        with pytest.raises(ValueError, match="heads"):
+            call()
+    hierarchical = config(pattern_type="hierarchical", **four)  # every head has all scales
+    assert BlockSparseAttention(hierarchical)(q, k, v).shape == q.shape
+
+
+def test_the_width_of_heads_is_the_configs():
+    for c in (config(head_dim=16), config(**{**ADAPTIVE, "head_dim": 16})):
+        with pytest.raises(ValueError, match="head_dim must be the config's 16, got 8"):
+            BlockSparseAttention(c)(*make_qkv(1, 64, 2, 8))
+    with pytest.raises(ValueError, match="head_dim must be 8, embed_dim / num_heads, got 16"):
+        create_multihead_dilated_attention(
+            "block_sparse", embed_dim=32, num_heads=4, segment_lengths=(64,), dilation_rates=(1,), head_dim=16
+        )
+
+
+def test_documents_are_refused():
+    q, k, v = make_qkv(1, 64, 4, 8)
+    for call in (
+        BlockSparseAttention(config()),
+        lambda *x, **kw: block_sparse_attention(*x, make_pattern("strided", 64), **kw),
+    ):
+        with pytest.raises(ValueError, match="cu_seqlens must be None in block-sparse attention"):
+            call(q, k, v, cu_seqlens=torch.tensor([0, 32, 64]))
 
 
 def test_module_checks_config_dtype_and_dropout():
@@ -739,14 +868,14 @@ def test_the_options_of_the_config_reach_the_pattern():
 
 
 def test_factories():
-    made = create_dilated_attention("block_sparse", segment_lengths=(64,), dilation_rates=(2,), pattern_type="strided")
+    made = create_dilated_attention("block_sparse", pattern_type="strided")
     assert isinstance(made, BlockSparseAttention) and made.config.pattern_type == "strided"
     with pytest.raises(ValueError, match="no field 'sparsity'"):
         create_dilated_attention("block_sparse", segment_lengths=(64,), dilation_rates=(2,), sparsity=0.1)
     with pytest.raises(ValueError, match="no field 'sparsity_ratio'"):
         create_dilated_attention("improved", segment_lengths=(64,), dilation_rates=(2,), sparsity_ratio=0.1)
     layer = create_multihead_dilated_attention(
-        "block_sparse", embed_dim=32, num_heads=4, segment_lengths=(64,), dilation_rates=(2,), block_size=16,
+        "block_sparse", embed_dim=32, num_heads=4, block_size=16, ragged="mask",
         pattern_type="adaptive", enable_adaptive=True, dtype=torch.float64,
     )  # fmt: skip
     x = torch.randn(2, 70, 32, dtype=torch.float64)
@@ -781,14 +910,13 @@ def test_adaptive_keeps_the_highest_scores():
 def test_the_scorers_gradient_is_that_of_its_loss_and_changes_no_other():
     attention = BlockSparseAttention(config(**ADAPTIVE))
     q, k, v = make_qkv(1, 128, 2, 8, requires_grad=True)
-    torch.manual_seed(3)
     out = attention(q, k, v, is_causal=True)
     grads = torch.autograd.grad(2 * out.sum(), (q, k, v, attention.scorer.q_proj.weight))
-    torch.manual_seed(3)
-    rows = torch.randint(8, (4,))
+    rows = torch.tensor([1, 3, 5, 7])
     of_q, of_k = attention.scorer(q.detach(), k.detach())
     loss = block_sparse.scorer_loss(of_q, of_k, block_shares(q, k, rows, 16, True), rows, True)
-    assert torch.allclose(grads[3], torch.autograd.grad(loss, attention.scorer.q_proj.weight)[0])
+    length = 2 * out.numel() ** 0.5  # of the gradient of the output
+    assert torch.allclose(grads[3], length * torch.autograd.grad(loss, attention.scorer.q_proj.weight)[0])
     of_q, of_k = attention.scorer(q, k)
     made = BlockPattern(*attention.scorer.choose(of_q, of_k, True), 16, (128, 128))
     plain = torch.autograd.grad(2 * block_sparse_attention(q, k, v, made, is_causal=True).sum(), (q, k, v))
@@ -804,7 +932,9 @@ def test_shares_of_blocks_are_those_of_dense_attention(is_causal):
     logits = logits.masked_fill(mask[:, None, None], float("-inf"))
     if is_causal:
         logits = logits.masked_fill(~torch.ones(64, 96).tril(32).bool(), float("-inf"))
-    dense = logits.softmax(3).unflatten(3, (6, 16)).sum(4).unflatten(2, (4, 16)).mean(3)
+    dense = logits.softmax(3).unflatten(3, (6, 16)).sum(4).unflatten(2, (4, 16))
+    real = ~mask[:, None, 32:, None].unflatten(2, (4, 16))  # queries that are padding have no say
+    dense = (dense * real).sum(3) / real.sum(3)
     assert torch.allclose(shares, dense[:, :, [0, 2, 3]], atol=1e-14)
 
 
@@ -845,14 +975,273 @@ def test_the_scorer_learns_planted_links():
     assert before < 0.4 and recall() > 0.8
 
 
-def test_the_mark_of_constants_is_that_of_pytorch():
-    "The package sets it without importing the compiler; a PyTorch with another mark would trace through the pattern."
-    from dilated_attention_nb import block_sparse
+def gradients(attention, q, loss, scale=1.0):
+    "Of the scorer."
+    attention.zero_grad()
+    (loss(attention(q, q, q, is_causal=True)) * scale).backward()
+    return [p.grad.clone() for p in attention.parameters()]
 
-    def marked():
-        pass
 
-    before = dict(vars(marked))
-    torch.compiler.assume_constant_result(marked)
-    added = {key: value for key, value in vars(marked).items() if key not in before}
-    assert added and added.items() <= vars(block_sparse._lists).items()
+def squares(out):
+    return out.float().square().mean((1, 2, 3)).sum()
+
+
+@pytest.mark.parametrize("scale", [2.0**-20, 0.5, 1000.0, 2.0**16])
+def test_the_scorer_learns_from_the_scaled_loss(scale):
+    attention, q = BlockSparseAttention(config(**ADAPTIVE)), make_qkv(2, 128, 4, 8)[0]
+    one, other = gradients(attention, q, squares), gradients(attention, q, squares, scale)
+    for a, b in zip(one, other):
+        assert a.norm() > 0 and torch.allclose(b, a * scale, rtol=1e-4, atol=1e-5 * scale * a.norm())
+
+
+def test_parts_of_a_batch_teach_the_scorer_what_the_batch_does():
+    attention, q = BlockSparseAttention(config(**ADAPTIVE)), make_qkv(4, 128, 2, 8)[0]
+    whole = gradients(attention, q, squares, 1 / 4)
+    attention.zero_grad()
+    for part in q.split([1, 3]):
+        (squares(attention(part, part, part, is_causal=True)) / 4).backward()
+    for a, p in zip(whole, attention.parameters()):
+        assert torch.allclose(p.grad, a, rtol=1e-4, atol=1e-5 * a.norm())
+
+
+def test_a_gradient_scaler_gives_the_scorer_what_it_gets_without():
+    attention = BlockSparseAttention(config(**ADAPTIVE))
+    q = make_qkv(2, 128, 2, 8, dtype=torch.float16)[0]
+    attention.half()
+    steps = []
+    for enabled in (False, True):
+        made = copy.deepcopy(attention).float()
+        optimizer = torch.optim.SGD(made.parameters(), 1.0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, enabled=enabled)
+        with torch.autocast("cpu", torch.float16):
+            loss = squares(made(q.float(), q.float(), q.float(), is_causal=True))
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        steps.append([p - before.float() for p, before in zip(made.parameters(), attention.parameters())])
+    for a, b in zip(*steps):
+        assert a.norm() > 0 and torch.allclose(a, b, rtol=0.02, atol=0.02 * float(a.norm()))
+
+
+def test_infinite_gradients_reach_the_scorer_so_that_its_step_is_skipped():
+    attention, q = BlockSparseAttention(config(**ADAPTIVE)), make_qkv(1, 64, 2, 8)[0]
+    assert not any(g.isfinite().all() for g in gradients(attention, q, squares, float("inf")))
+
+
+# ---------------------------------------------------------------- what PyTorch asks of a layer
+
+
+def each_layer():
+    for name in SPARSE_PATTERNS:
+        yield BlockSparseAttention(config(**(ADAPTIVE if name == "adaptive" else dict(pattern_type=name))))
+
+
+def same(got, want):
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", list(each_layer()), ids=lambda a: a.config.pattern_type)
+def test_torch_func(attention):
+    q, k, v = make_qkv(2, 70, 4, 8, kv_heads=2)
+
+    def loss(q, k, v):
+        return attention(q, k, v, is_causal=True).square().sum()
+
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    want = torch.autograd.grad(loss(*leaves), leaves)
+    for got in (torch.func.grad(loss, (0, 1, 2))(q, k, v), torch.func.vjp(loss, q, k, v)[1](torch.tensor(1.0))):
+        same(got, want)
+    jacobian = torch.func.jacrev(lambda q: attention(q, k, v, is_causal=True)[0, 0, :, 0])(q)
+    assert jacobian.shape == (4, *q.shape) and jacobian[0, 0, 1:].abs().sum() == 0
+
+
+@pytest.mark.parametrize("attention", list(each_layer()), ids=lambda a: a.config.pattern_type)
+def test_vmap_folds_into_the_batch(attention):
+    q, k, v = (torch.stack([x, -x, 2 * x]) for x in make_qkv(2, 70, 4, 8, kv_heads=2))
+    masks = torch.arange(70) >= torch.tensor([70, 60, 50])[:, None, None].expand(-1, 2, 1)
+
+    def run(q, k, v, mask):
+        return attention(q, k, v, True, mask)
+
+    same(torch.vmap(run)(q, k, v, masks), torch.stack([run(*x) for x in zip(q, k, v, masks)]))
+    shared = torch.vmap(run, (2, None, 0, None), 1)(q.movedim(0, 2), k[0], v, masks[1])
+    same(shared, torch.stack([run(q[i], k[0], v[i], masks[1]) for i in range(3)], 1))
+
+
+def test_per_sample_gradients():
+    layer = create_multihead_dilated_attention(
+        "block_sparse", embed_dim=32, num_heads=4, pattern_type="random", block_size=16
+    )
+    x, params = torch.randn(3, 48, 32), dict(layer.named_parameters())
+
+    def loss(params, row):
+        return torch.func.functional_call(layer, params, (row[None],))[0].square().sum()
+
+    grads = torch.vmap(torch.func.grad(loss), (None, 0))(params, x)
+    for i, row in enumerate(x):
+        layer.zero_grad()
+        loss(params, row).backward()
+        for name, p in layer.named_parameters():
+            same(grads[name][i], p.grad)
+
+
+def test_a_second_derivative_is_refused_and_the_form_that_has_one_named():
+    q, made = make_qkv(1, 32, 2, 8)[0], make_pattern("strided", 32)
+
+    def loss(q):
+        return block_sparse_attention(q, q, q, made).square().sum()
+
+    leaf = q.clone().requires_grad_()
+    (first,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+    for call in (first.sum().backward, lambda: torch.func.grad(lambda q: torch.func.grad(loss)(q).sum())(q)):
+        with pytest.raises(NotImplementedError, match="no second derivative; .*pattern.token_mask"):
+            call()
+    leaf = q.double().requires_grad_()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        x = leaf.transpose(1, 2)
+        out = torch.nn.functional.scaled_dot_product_attention(x, x, x, made.token_mask()).transpose(1, 2)
+        same(out, block_sparse_attention(leaf, leaf, leaf, made))
+        (first,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+        first.square().sum().backward()
+    assert leaf.grad.norm() > 0
+
+
+@pytest.mark.parametrize("attention", list(each_layer()), ids=lambda a: a.config.pattern_type)
+def test_fake_and_meta_tensors(attention):
+    with FakeTensorMode(allow_non_fake_inputs=True):  # for the scorer's weights
+        q = torch.randn(1, 70, 4, 8, requires_grad=True)
+        out = attention(q, q, q, is_causal=True)
+        out.sum().backward()
+        assert out.shape == q.shape == q.grad.shape
+        made = BlockSparseAttention(attention.config)
+        assert made(q[:, :33], q[:, :33], q[:, :33]).shape == (1, 33, 4, 8)
+    x = torch.randn(1, 70, 4, 8, device="meta")
+    assert copy.deepcopy(attention).to("meta")(x, x, x).shape == x.shape
+
+
+def test_the_functional_form_takes_fake_tensors():
+    made = make_pattern("random", 70)
+    with FakeTensorMode():
+        q = torch.randn(1, 70, 4, 8)
+        assert block_sparse_attention(q, q, q, made).shape == q.shape
+
+
+@causal
+@pytest.mark.parametrize("name", ["random", "strided"])
+def test_flops_are_those_of_kept_blocks(name, is_causal):
+    made = make_pattern(name, 100, ratio=0.4)
+    q = make_qkv(2, 100, 4, 8, requires_grad=True)[0]
+    with FlopCounterMode(display=False) as counter:
+        out = block_sparse_attention(q, q, q, made, is_causal=is_causal)
+        forward = counter.get_total_flops()
+        out.sum().backward()
+    dense = made.to_dense().expand(2, 4, -1, -1)
+    pairs = int((dense.tril() if is_causal else dense).sum()) * 16**2
+    assert forward == 4 * 8 * pairs and counter.get_total_flops() == 14 * 8 * pairs
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        x = torch.randn(2, 100, 4, 8)
+        block_sparse_attention(x, x, x, made, is_causal=is_causal)
+    assert counter.get_total_flops() >= 4 * 8 * pairs
+
+
+LENGTHS = (64, 48, 100, 33, 128)
+
+
+slow_ones = [pytest.param(name, marks=pytest.mark.slow) for name in ("random", "adaptive")]
+
+
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["local_window", *slow_ones])
+def test_compiled_at_several_lengths(name, dynamic):
+    own = ADAPTIVE if name == "adaptive" else dict(pattern_type=name)
+    attention = BlockSparseAttention(config(sparsity_ratio=0.5, **own))
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(attention, fullgraph=True, backend=counter, dynamic=dynamic)
+    for n in LENGTHS:
+        x = [y.requires_grad_() for y in make_qkv(1, n, 4, 8, kv_heads=2)]
+        outs = compiled(*x, is_causal=True), attention(*x, is_causal=True)
+        same(*outs)
+        same(*(torch.autograd.grad(out.square().sum(), x) for out in outs))
+    assert counter.frame_count <= 3
+
+
+def test_late_queries_compiled():
+    attention = BlockSparseAttention(config(pattern_type="strided"))
+    compiled = torch.compile(attention, fullgraph=True, backend="eager")
+    q, k, v = make_qkv(1, 100, 4, 8)
+    for past in (48, 50, 99):
+        same(compiled(q[:, past:], k, v, True), attention(q[:, past:], k, v, True))
+
+
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["dilated_sparse", *slow_ones])
+def test_exported(name, strict):
+    "For one length and for any; what is exported can be trained (the scorer learns in Python only)."
+    own = ADAPTIVE if name == "adaptive" else dict(pattern_type=name)
+    attention, x = BlockSparseAttention(config(**own)), make_qkv(1, 64, 4, 8)
+    still = torch.export.export(attention, x, strict=strict).module()
+    same(still(*x), attention(*x))
+    n = torch.export.Dim("n", min=2, max=256)
+    dynamic = ({1: 16 * n if name == "adaptive" else torch.export.Dim("n", min=17)},) * 3
+    program = torch.export.export(attention, x, strict=strict, dynamic_shapes=dynamic).module()
+    for n in (64, 128) if name == "adaptive" else (64, 100, 33):
+        x = make_qkv(1, n, 4, 8, requires_grad=True)
+        outs = program(*x), attention(*x)
+        same(*outs)
+        same(*(torch.autograd.grad(out.square().sum(), x) for out in outs))
+
+
+@pytest.mark.parametrize("attention", list(each_layer()), ids=lambda a: a.config.pattern_type)
+@pytest.mark.parametrize("junk", [float("nan"), float("inf"), 1e4])
+def test_what_lies_under_padding_reaches_nobody(attention, junk):
+    plain = make_qkv(2, 96, 4, 8, kv_heads=2)
+    mask = torch.arange(96) >= torch.tensor([[96], [70]])
+    mask[0, :5] = True
+    dout = torch.randn(2, 96, 4, 8).masked_fill(mask[..., None, None], 0.0)
+    found = []
+    for fill in (0.5, junk):
+        x = [y.masked_fill(mask[..., None, None], fill).requires_grad_() for y in plain]
+        attention.zero_grad()
+        out = attention(*x, True, mask)
+        grads = torch.autograd.grad(out, [*x, *attention.parameters()], dout)
+        found.append([y.masked_fill(mask[..., None, None], 0.0) for y in (out, *grads[:3])] + list(grads[3:]))
+    same(*found)
+    assert all(y.isfinite().all() for y in found[1])
+
+
+LAYOUTS = {
+    "as SDPA has it": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "head_dim apart": lambda x: torch.stack([x, x], -1)[..., 0],
+    "of a larger one": lambda x: torch.cat([x, x, x], 1)[:, x.shape[1] : 2 * x.shape[1]],
+    "every other head": lambda x: x.repeat_interleave(2, 2)[:, :, ::2],
+    "every other token": lambda x: x.repeat_interleave(2, 1)[:, 1::2],
+    "tokens last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["random", "strided", "local_window"])
+def test_views_of_inputs_and_gradients(name, layout):
+    x, made = make_qkv(2, 100, 4, 8, kv_heads=2, dtype=torch.float64), make_pattern(name, 100)
+    dout = torch.randn(2, 100, 4, 8, dtype=torch.float64)
+    results = []
+    for view in (lambda x: x, LAYOUTS[layout]):
+        leaves = [y.clone().requires_grad_() for y in x]
+        out = block_sparse_attention(*(view(y) for y in leaves), made, is_causal=True)
+        results.append((out, *torch.autograd.grad(out, leaves, view(dout))))
+    same(*results)
+
+
+def test_expanded_inputs_and_gradients():
+    made = make_pattern("random", 64)
+    x = torch.randn(1, 64, 1, 8, dtype=torch.float64)
+    wide, row = x.expand(2, -1, 4, -1), x[:, :1].expand(2, 64, 4, -1)
+    for q, k, v in ((wide, wide, wide), (wide, row, wide), (row, wide, row)):
+        got, want = (y.requires_grad_() for y in (q.detach(), q.detach().contiguous()))
+        outs = (
+            block_sparse_attention(got, k, v, made),
+            block_sparse_attention(want, k.contiguous(), v.contiguous(), made),
+        )
+        same(*outs)
+        grads = [torch.autograd.grad(out.sum(), y)[0] for out, y in zip(outs, (got, want))]
+        same(*grads)

@@ -362,8 +362,11 @@ def test_every_field_takes_part_in_equality(cls):
     needs = {"rank": {"world_size": 2}, "sequence_shards": {"sequence_parallel": True}}
     needs |= {"tensor_shards": {"model_parallel": True}, "pipeline_stages": {"pipeline_parallel": True}}
     needs["microbatches"] = needs["pipeline_stages"]
+    needs["seed"] = {"pattern_type": "random"}
     config = cls(**GOOD[cls])
     for field in dataclasses.fields(cls):
+        if issubclass(cls, SparseAttentionConfig) and field.name in ("mixing", "offsets", "enable_adaptive"):
+            continue  # a pattern leaves no choice
         value = getattr(config, field.name)
         extra = needs.get(field.name, {})
         base = replace(config, **extra)
@@ -481,16 +484,22 @@ def attention_configs(draw):
         "strategy": draw(st.sampled_from(RING_STRATEGIES)),
         "layout": draw(st.sampled_from(RING_LAYOUTS)),
     }
+    pattern = draw(st.sampled_from(SPARSE_PATTERNS))
     sparse = {
-        "pattern_type": draw(st.sampled_from(SPARSE_PATTERNS)),
+        "pattern_type": pattern,
         "sparsity_ratio": draw(st.floats(0, 1, exclude_min=True)),
         "block_size": 16 * draw(st.integers(1, 64)),
-        "enable_adaptive": draw(flags),
-        "head_dim": draw(st.none() | ints),
-        "seed": draw(st.integers(0, 2**31)),
-    }
+        "enable_adaptive": pattern == "adaptive",
+        "head_dim": draw(ints if pattern == "adaptive" else st.none() | ints),
+        "seed": draw(st.integers(0, 2**31)) if pattern == "random" else 0,
+        "mixing": "groups", "offsets": "blocked", "ragged": draw(st.sampled_from(["error", "mask"])),
+    }  # fmt: skip
+    if pattern not in ("dilated_sparse", "hierarchical"):
+        sparse["dilation_rates"] = (1,) * len(fields["dilation_rates"])
+        if draw(flags):
+            sparse["segment_lengths"] = sparse["dilation_rates"] = ()
     cls, extra = draw(st.sampled_from([*zip(ATTENTION, ({}, ring, sparse))]))
-    return cls(**fields, **extra)
+    return cls(**{**fields, **extra})
 
 
 @st.composite

@@ -21,6 +21,7 @@ from dilated_attention_nb.decoding import (
     kept_logits,
     kv_cache_bytes,
 )
+from dilated_attention_nb.improved import dilated_attention
 from dilated_attention_nb.kv_cache import DilatedKVCache, KVCache
 from dilated_attention_nb.longnet import POSITIONS, LongNet, LongNetEncoder, longnet_125m, longnet_tiny
 from dilated_attention_nb.testing import _resident, check_against_oracle, make_qkv, oracle_counts, spawn_gloo
@@ -308,15 +309,15 @@ def test_decoding_in_low_precision_stays_near(dtype):
     assert error <= 2 * own + 4 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("side", ["left", "right", "both"])
-def test_padding_keeps_its_place(side):
-    model, given = make(num_kv_heads=1), tokens(3)
-    n, first, last = torch.arange(110), torch.tensor([[0], [13], [40]]), torch.tensor([[110], [90], [61]])
-    mask = (n < first) & (side != "right") | (n >= last) & (side != "left")
-    whole = model(given, key_padding_mask=mask)
-    for cuts in ([110], [50] + 60 * [1], 11 * [10]):
-        got = decoded(model, LongNetCache(model.config, 3, dtype=torch.float64), given, cuts, mask)
-        assert torch.allclose(got[~mask], whole[~mask], atol=1e-12)
+def test_a_padded_batch_is_not_read_into_a_cache():
+    "Its rows would stand at different places: generate and JoinedCache read each length on its own."
+    model, given = make(), tokens(3)
+    for call in (model, model.hidden):
+        with (
+            torch.no_grad(),
+            pytest.raises(ValueError, match="key_padding_mask must be None with a cache.*JoinedCache"),
+        ):
+            call(given, key_padding_mask=given < 3, cache=LongNetCache(model.config, 3, dtype=torch.float64))
 
 
 def test_rows_at_different_positions():
@@ -387,7 +388,7 @@ def no_caches(config):
 
 
 def test_what_is_no_cache_for_this_call_is_refused():
-    model, given = make(), tokens()
+    model, given = make(position="rope"), tokens()
     encoder = LongNetEncoder(model.config).double().eval()
     for call in (model, model.hidden, lambda x, cache: encoder(x, is_causal=True, cache=cache)):
         for message, wrong in no_caches(model.config).items():
@@ -499,7 +500,7 @@ def test_a_model_that_is_not_finite_any_more_says_so():
 
 
 def test_only_a_language_model_writes():
-    for model in (LongNetEncoder(longnet_tiny()), None, torch.nn.Linear(2, 2)):
+    for model in (LongNetEncoder(longnet_tiny(position="rope")), None, torch.nn.Linear(2, 2)):
         with pytest.raises(TypeError, match="model must be a LongNet"):
             generate(model, tokens(1, 5), 3)
 
@@ -515,7 +516,7 @@ BAD_OPTIONS = [
     (dict(stop=torch.tensor([1])), "stop"), (dict(top_p=True), "top_p"), (dict(top_k=True), "top_k"),
     (dict(prompt="text"), "prompt"), (dict(prompt=torch.zeros(2, 0, dtype=torch.long)), "prompt"),
     (dict(prompt=torch.zeros(0, 3, dtype=torch.long)), "prompt"), (dict(prompt=torch.tensor(3)), "prompt"),
-    (dict(prompt=torch.tensor([3], dtype=torch.uint8)), "prompt"), (dict(temperature=math.inf), "temperature"),
+    (dict(prompt=torch.tensor([True])), "prompt"), (dict(temperature=math.inf), "temperature"),
     (dict(max_new_tokens=True), "max_new_tokens"), (dict(stop="end"), "not text"),
     (dict(max_new_tokens=0), "max_new_tokens"), (dict(max_new_tokens=1.5), "max_new_tokens"),
     (dict(temperature=-0.1), "temperature"), (dict(temperature=math.nan), "temperature"),
@@ -691,3 +692,39 @@ def test_a_hundred_thousand_tokens_in_constant_memory():
 @pytest.mark.timeout(1800)
 def test_a_hundred_thousand_tokens_one_by_one_in_constant_memory():
     assert stays(1, 1700.0)
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("order", ["alternating", "any"])
+def test_rows_of_unequal_length_in_any_order_are_as_fast(order, seed):
+    "As many calls as there are lengths, then one for each token; the rows come back in the caller's order."
+    model, prompt = LongNet(longnet_tiny()).eval(), tokens(12, 40)
+    short = torch.arange(12) % 2 if order == "alternating" else torch.tensor([2, 0, 1, 0, 2, 1, 0, 0, 1, 2, 2, 0])
+    pads, calls = torch.arange(40) < 3 * short[:, None], []
+    handle = model.decoder.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    how = dict(temperature=0) if seed is None else dict(seed=seed, temperature=0.7)
+    together = model.generate(prompt, 8, key_padding_mask=pads, **how)
+    assert len(calls) == len(set(short.tolist())) + 7
+    handle.remove()
+    streamed = torch.stack(list(model.generate(prompt, 8, key_padding_mask=pads, stream=True, **how)), 1)
+    assert torch.equal(streamed, together)
+    if seed is None:
+        for row, pad, got in zip(prompt, pads, together):
+            assert torch.equal(model.generate(row[~pad], 8, temperature=0), got)
+    else:  # a row draws as in the batch whose rows all have its length
+        alike = model.generate(prompt, 1, **how)
+        assert torch.equal(alike[short == 0], together[short == 0, :1])
+
+
+@pytest.mark.parametrize("mixing", MIXINGS)
+def test_the_padding_of_a_cache_takes_a_byte_a_slot(mixing):
+    config = DilatedAttentionConfig((4, 8), (10**9, 2), mixing=mixing, ragged="mask")
+    cache, x = DilatedKVCache(config, 4, 8, 2, dtype=torch.float64), torch.randn(2, 5, 4, 8, dtype=torch.float64)
+    before, pads = cache.nbytes, torch.tensor([[True, False, False, False, False], 5 * [False]])
+    out = cache(x, x, x, key_padding_mask=pads)
+    assert before < cache.nbytes <= before + before // (2 * 8 * 8)  # keys and values of eight numbers of eight bytes
+    how = dict(is_causal=True, mixing=mixing, ragged="mask", key_padding_mask=pads)
+    want = dilated_attention(x, x, x, config.segment_lengths, config.dilation_rates, **how)
+    assert torch.allclose(out, want, atol=1e-12)
+    cache.reset()
+    assert cache.nbytes == before
