@@ -413,8 +413,8 @@ def test_layers_of_another_kind_are_named():
 
 
 def test_what_dilated_attention_is_not_is_refused_while_counting():
-        (T5EncoderModel, T5Config(d_model=32, d_ff=32, num_layers=1, num_heads=4, d_kv=8, vocab_size=99), "no position"),
-        (T5EncoderModel, T5Config(d_model=32, d_ff=32, num_layers=1, num_heads=4, d_kv=8, vocab_size=99), "position_bias"),
+    for cls, config, message in (
+        (T5EncoderModel, T5Config(d_model=32, d_ff=32, num_layers=1, num_heads=4, d_kv=8), "no position_bias"),
         (MistralForCausalLM, MistralConfig(**SIZE, num_key_value_heads=2, sliding_window=8), "set sliding_window=None"),
         (Gemma2ForCausalLM, Gemma2Config(**SIZE, layer_types=2 * ["full_attention"]), "softcap|causal or bidir"),
     ):  # fmt: skip
