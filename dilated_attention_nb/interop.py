@@ -240,7 +240,7 @@ class _Documents:
         if readable(bits) and not real_q.any():
             return cls(queries, keys, keys.cu_seqlens[:0], keys.cu_seqlens[:0])
         first, total = keys.unpad(begins)[0], keys.cu_seqlens[-1:].long()
-        at = torch.arange(len(first), device=bits.device)
+        at = torch.arange(first.shape[0], device=bits.device)  # len() would fix it in a traced forward
         starts = at[first] if readable(bits) else torch.where(first, at, total).sort().values
         ends = torch.cat((starts, total))
         asked = F.pad(keys.unpad(asks)[0].cumsum(0), (1, 0))
@@ -418,7 +418,7 @@ def _attend(
     options |= dict(is_causal=is_causal, scale=scale)
     if documents is None:
         return dilated_attention(q, k, v, *branches, **options)
-    if not len(documents.cu_seqlens):  # nothing but padding
+    if documents.cu_seqlens.shape[0] == 0:  # nothing but padding
         return torch.zeros_like(q)
     options |= dict(cu_seqlens=documents.cu_seqlens, cu_seqlens_q=documents.cu_seqlens_q)
     packed = documents.queries.unpad(q), documents.keys.unpad(k), documents.keys.unpad(v)

@@ -63,7 +63,6 @@ from transformers import (  # noqa: E402
     ZambaConfig,
     ZambaModel,
 )
-
 from transformers.masking_utils import causal_mask_function  # noqa: E402
 
 from dilated_attention_nb.config import DilatedAttentionConfig  # noqa: E402
@@ -655,7 +654,7 @@ def test_other_masks_are_refused_while_compiling_too(fresh_graphs, window):
         assert torch.allclose(run(compiled, tokens(), **values), run(model, tokens(), **values), atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["bert"])
+@pytest.mark.parametrize("kind", ["llama", "bert"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_exporting_at_one_length_and_running_at_others(kind, padded):
     model = make(kind, **(dict(use_cache=False) if kind == "llama" else {}))
