@@ -187,7 +187,9 @@ def torchscale_attention(
     is_causal: bool = False,
     exact: bool = False,  # gradients through the weights of the branches; the original has none
 ) -> Float[Tensor, "b n h d"]:
-    """Softmax mixing by the method of torchscale, for comparison: same values with `ragged="zeros"`, other gradients.
+    """Softmax mixing by the method of torchscale, for comparison; with `ragged="zeros"` ours has other gradients only.
+
+    That is so where rates divide segment lengths: the rows that torchscale shifts elsewhere are left out here.
 
     LongNet, Ding et al. 2023, arXiv:2307.02486, equations 13 to 15.
     """

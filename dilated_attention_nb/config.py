@@ -7,11 +7,12 @@ __all__ = ['LARGEST', 'MIXINGS', 'OFFSETS', 'RAGGED', 'BACKENDS', 'LAYER_BACKEND
            'SPARSE_PATTERNS', 'DISTRIBUTED_BACKENDS', 'DATA_ENGINES', 'PIPELINE_SCHEDULES', 'EVICTION_POLICIES',
            'MOST_BRANCHES', 'FLOAT_DTYPES', 'WIDEST', 'complaint', 'shown', 'check_int', 'check_number',
            'check_positive', 'check_ratio', 'check_block_size', 'check_dropout', 'check_scale', 'check_flag', 'nearest',
-           'check_choice', 'check_ints', 'check_branches', 'check_heads', 'valid_lengths', 'check_length',
-           'check_floats', 'check_alike', 'check_padding', 'check_qkv', 'check_device', 'check_dtype', 'check_home',
-           'check_placement', 'parse_json', 'Config', 'check_config', 'DilatedAttentionConfig', 'ConfiguredModule',
-           'check_head_dim', 'check_kv_heads', 'MultiheadConfig', 'RingAttentionConfig', 'SparseAttentionConfig',
-           'BlockSparseRingConfig', 'DistributedConfig', 'MemoryPoolConfig']
+           'check_choice', 'check_ints', 'check_branches', 'check_heads', 'valid_lengths', 'check_length', 'row_shifts',
+           'check_unshifted', 'check_floats', 'check_alike', 'check_padding', 'check_qkv', 'check_device',
+           'check_dtype', 'check_home', 'check_placement', 'parse_json', 'Config', 'check_config',
+           'DilatedAttentionConfig', 'ConfiguredModule', 'check_head_dim', 'check_kv_heads', 'MultiheadConfig',
+           'RingAttentionConfig', 'SparseAttentionConfig', 'BlockSparseRingConfig', 'DistributedConfig',
+           'MemoryPoolConfig']
 
 # %% ../nbs/00_config.ipynb #3d0f6ed4
 import dataclasses
@@ -95,7 +96,7 @@ def check_ratio(name: str, value: Any) -> float:
 
 def check_block_size(name: str, value: Any) -> int:
     "`value` as a positive multiple of 16, which all fused kernels take."
-    if check_int(name, value) % 16:
+    if check_int(name, value, high=2**14) % 16:
         below, above = value // 16 * 16, -(-value // 16) * 16
         advice = f"use {above}" + (f" or {below}" if below else "")
         raise ValueError(complaint(name, "be a positive multiple of 16", value, advice))
@@ -212,6 +213,30 @@ def check_length(n: int, segment_lengths: Sequence[int], ragged: str) -> None:
             below, above = valid_lengths(n, segment_lengths)
             advice = f"pass ragged='mask', pad to {above}" + (f" or cut to {below}" if below else "")
             raise ValueError(f"sequence length {n} is not a multiple of segment length {w}; {advice}")
+
+
+def row_shifts(
+    n: float,  # tokens; infinity for any length
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    ragged: str,
+) -> tuple[int, ...]:
+    """By how many places `ragged="zeros"` moves each branch's rows on from one segment to the next, as torchscale does.
+
+    `p = -w mod r` in a sequence longer than w: row i shows segment `i // (w + p)`, place `i mod (w + p)`.
+    """
+    return tuple(-w % r if ragged == "zeros" and n > w else 0 for w, r in zip(segment_lengths, dilation_rates))
+
+
+def check_unshifted(
+    n: float, segment_lengths: Sequence[int], dilation_rates: Sequence[int], ragged: str, where: str
+) -> None:
+    "A `ValueError` if `row_shifts` moves rows: `where` says what can't be computed then."
+    for w, r, p in zip(segment_lengths, dilation_rates, row_shifts(n, segment_lengths, dilation_rates, ragged)):
+        if p:
+            rule = f"not be 'zeros' {where} if a dilation rate does not divide its segment length"
+            got, advice = f"rate {r} for segments of {w}", "use ragged='mask', or rates that divide"
+            raise ValueError(complaint("ragged", rule, got, advice))
 
 # %% ../nbs/00_config.ipynb #400490a7
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -622,7 +647,7 @@ class SparseAttentionConfig(DilatedAttentionConfig):
         super().__post_init__()
         self._check(check_ratio, "sparsity_ratio")
         self._check(check_block_size, "block_size")
-        self._check(check_int, "head_dim", high=WIDEST)
+        self._check(check_int, "head_dim")
         self._check(check_int, "seed", low=0, high=2**47)
         self._check(check_flag, "enable_adaptive")
         for name, value in (("mixing", "groups"), ("offsets", "blocked")):

@@ -31,7 +31,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .config import DistributedConfig, check_config, complaint
 from .longnet import LongNet, LongNetConfig, LongNetLayer
-from .sharded import LongNetShare, Team, group_backends
+from .sharded import LongNetShare, Team, group_backends, let_go_at_exit
+from .sharding import GroupRef
 
 # %% ../nbs/16_distributed.ipynb #533e5d69
 DIMENSIONS = ("data", "pipeline", "sequence", "tensor")  # of the mesh, from the slowest to the fastest
@@ -113,18 +114,18 @@ class WideNorm(torch.autograd.Function):
         rstd = (variance + eps).rsqrt()[..., None]
         normed = (wide - mean[..., None]) * rstd
         ctx.save_for_backward(normed, rstd, weight)
-        ctx.group, ctx.dtypes = group, (x.dtype, weight.dtype)
+        ctx.group, ctx.dtypes = GroupRef(group), (x.dtype, weight.dtype)
         return torch.addcmul(bias, normed, weight).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         normed, rstd, weight = ctx.saved_tensors
-        dout = dout.to(normed.dtype)
+        dout, group = dout.to(normed.dtype), ctx.group()
         g = dout * weight
         sums = torch.stack((g.sum(-1), (g * normed).sum(-1)))
-        dist.all_reduce(sums, group=ctx.group)
-        a, b = (sums / (normed.shape[-1] * dist.get_world_size(ctx.group)))[..., None]
+        dist.all_reduce(sums, group=group)
+        a, b = (sums / (normed.shape[-1] * dist.get_world_size(group)))[..., None]
         dx = rstd * (g - a - normed * b)
         dims = tuple(range(dout.dim() - 1))
         dweight, dbias = (dout * normed).sum(dims), dout.sum(dims)
@@ -223,6 +224,7 @@ class DistributedLongNet:
         self.share = self._cut(model)
         self.module = self._replicate(self.share)
         self._stages: dict[Any, Any] = {}
+        let_go_at_exit(self.module, self.mesh)
 
     def _cut(self, model: LongNet) -> LongNetShare:
         "The layers, heads and tokens of this rank."
@@ -246,7 +248,7 @@ class DistributedLongNet:
             return share
         if c.data_engine == "ddp":
             ddp = DistributedDataParallel(share, process_group=mesh.get_group(), bucket_cap_mb=c.bucket_size_mb)
-            ddp.register_comm_hook((self.reduced, mesh.get_group()), counted_hook)
+            ddp.register_comm_hook((self.reduced, GroupRef(mesh.get_group())), counted_hook)
             return ddp
         for bucket in buckets(list(share.decoder.layers.values()), c.bucket_size_mb):
             if c.communication_optimization:
@@ -327,12 +329,12 @@ class DistributedLongNet:
 
 # %% ../nbs/16_distributed.ipynb #ded45202
 def counted_hook(
-    state: tuple[list[int], dist.ProcessGroup],
+    state: tuple[list[int], GroupRef],
     bucket: dist.GradBucket,  # type: ignore[name-defined]
 ) -> torch.futures.Future[Tensor]:
     "DDP's own reduction of a bucket, noted."
     state[0].append(bucket.buffer().nbytes)
-    return allreduce_hook(state[1], bucket)
+    return allreduce_hook(state[1](), bucket)
 
 
 def check_same_start(model: LongNet) -> None:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['sync_folder', 'write_file', 'check_file', 'read_bytes', 'Lines', 'read_lines', 'owned', 'settled', 'read_json',
-           'stored_config', 'write_tensors', 'TensorFile', 'unreadable', 'open_tensors']
+           'stored_config', 'read_config', 'write_tensors', 'TensorFile', 'unreadable', 'open_tensors']
 
 # %% ../nbs/00b_files.ipynb #f11e0004
 import errno
@@ -341,6 +341,15 @@ def stored_config(path: str | os.PathLike[str], cls: type[_C], values: Any) -> _
     "The config whose fields, `values`, were read from a file; one that can't be is a `ValueError` naming the file."
     try:
         return cls.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_config(path: str | os.PathLike[str], cls: type[_C]) -> _C:
+    "The config that a file holds as JSON. Raises `FileNotFoundError`, or `ValueError` naming the file."
+    data = read_bytes(path, 2**24)
+    try:
+        return cls.from_json(data.decode())
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -38,16 +38,23 @@ from dilated_attention_nb.config import (
     check_placement,
     check_qkv,
     check_scale,
+    check_unshifted,
     complaint,
     readable,
+    row_shifts,
 )
-from .masking import Grid, Piece, Tile, clipped, tiles
+from .masking import Grid, Piece, Tile, clipped, fill_segments, tiles
 from dilated_attention_nb.partial import (
+    absent,
     attend_backward,
     attend_forward,
     cast_like_autocast,
+    count_operations,
+    finite_padding,
+    folded,
     merge_,
     merge_lse_,
+    product_operations,
     resolve_backend,
     tf32,
     wide_dtype,
@@ -213,17 +220,34 @@ class Options:
     is_causal: bool
     mixing: str
     offsets: str
-    zeros: bool  # ragged="zeros"
+    zeros: bool  # ragged="zeros", and not causal
+    shifts: bool  # ragged="zeros", whose rows move on where a rate does not divide its segment length
     scale: float
     use_tf32: bool
     backend: str  # resolved
     portion: int  # numbers in the queries of a portion
     copy: tuple[str, ...]  # what to gather by copying also where a view would do
+    only: tuple[int, ...] | None = None  # the branches to compute, None: all
+    filled: int = 0  # places of each segment that `fill_segments` added
 
     @property
     def divisor(self) -> int:
         "Groups mixing divides by the number of branches."
         return len(self.segment_lengths) if self.mixing == "groups" else 1
+
+    def split(self, n: int) -> tuple["Options", list["Options"]]:
+        "For the branches whose rows lie where their queries do, and for each that `ragged='zeros'` shifts."
+        shifts = row_shifts(n, *self.branches, "zeros" if self.shifts else "mask")
+        if not any(shifts):
+            return self, []
+        if self.backend == "triton":
+            check_unshifted(n, *self.branches, "zeros", "with backend='triton'")
+        unmoved = tuple(g for g, p in enumerate(shifts) if not p)
+        every, still = len(shifts), {"shifts": False}
+        return replace(self, only=unmoved, **still), [
+            replace(self, segment_lengths=(w + p,) * every, zeros=False, only=(g,), filled=p, **still)
+            for g, (w, p) in enumerate(zip(self.segment_lengths, shifts)) if p
+        ]  # fmt: skip
 
     @property
     def branches(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -233,7 +257,7 @@ class Options:
     def plan(self, q: Tensor, k: Tensor, masked: bool, first: int, last: int, nq: int, nk: int) -> "Plan":
         "What to compute for a portion of `nq` queries, `nk` keys and some key/value heads."
         ws, half = clipped(self.segment_lengths, k.shape[1]), q.device.type == "cpu" and q.element_size() <= 2
-        branches = ws, self.dilation_rates, self.mixing, self.offsets, self.zeros
+        branches = ws, self.dilation_rates, self.mixing, self.offsets, self.zeros, self.only, self.filled
         room = self.portion // (4 * q.shape[0] * q.shape[3])  # rows of heads that a copy may take
         threads = 1 if masked else torch.get_num_threads() if half else 0
         return plan_portion(nq, nk, q.shape[2], k.shape[2], *branches, first, last, room, q.shape[0], threads)
@@ -265,13 +289,14 @@ class Plan:
 @lru_cache(maxsize=512)
 def plan_portion(
     nq: int, nk: int, num_heads: int, kv_heads: int, segment_lengths: tuple[int, ...], dilation_rates: tuple[int, ...],
-    mixing: str, offsets: str, zeros: bool, first: int, last: int,
+    mixing: str, offsets: str, zeros: bool, only: tuple[int, ...] | None, filled: int, first: int, last: int,
     room: int,  # rows of heads that a part may gather, of one batch row
     batch: int,
     threads: int,  # if they divide the work of every piece, each is a part of its own; 0: none is
 ) -> Plan:  # fmt: skip
     "The plan of some key/value heads; found again by the next call. With padding `threads` is 1: grids see other keys."
-    every = tiles(nq, nk, num_heads, kv_heads, segment_lengths, dilation_rates, mixing, offsets, zeros, first, last)
+    how = segment_lengths, dilation_rates, mixing, offsets, zeros, first, last, only, filled
+    every = tiles(nq, nk, num_heads, kv_heads, *how)
     parts = []
     for tile in every:
         apart = threads and not any(batch * tile.segments * p.num_heads % threads for p in tile.pieces)
@@ -478,6 +503,8 @@ def document_batches(
     for i, (nq, nk) in enumerate(zip(q_lengths.tolist(), k_lengths.tolist())):
         if nq:
             check_length(nk, options.segment_lengths, ragged)
+            if nq < nk:
+                check_unshifted(nk, *options.branches, ragged, "with fewer queries than keys")
             alike.setdefault(nk - nq, {}).setdefault(nk, []).append(i)
     for by_length in alike.values():
         for documents in by_length.values() if ragged == "zeros" else common_lengths(by_length, numbers):
@@ -492,11 +519,13 @@ def forward_into(
     out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options, space: Workspace
 ) -> None:
     "Leave merged out and lse of whole sequences where they belong."
+    q = finite_padding(q, mask)
+    options, shifted = options.split(k.shape[1])
     if options.backend == "triton":
         from dilated_attention_nb.triton_forward import fused_forward
 
         how = (options.is_causal, options.mixing, options.offsets, options.zeros, options.scale, options.use_tf32)
-        o, l = fused_forward(q, k, v, mask, *options.branches, *how)
+        o, l = fused_forward(q, absent(k, mask), absent(v, mask), mask, *options.branches, *how)
         out.copy_(o), lse.copy_(l)
         return
     for heads, rows, keys in portions(options.portion, q, k, options.segment_lengths):
@@ -504,6 +533,8 @@ def forward_into(
         plan = options.plan(q, k, mask is not None, *heads, rows[0].stop - rows[0].start, keys[0].stop - keys[0].start)
         at, kv = (slice(None), *rows), (slice(None), *keys)
         forward_portion(out[at], lse[at], q[at], k[kv], v[kv], padding, plan, options, space)
+    for one in shifted:
+        merge_shifted(out, lse, q, k, v, mask, one, space)
 
 
 def backward_into(
@@ -511,10 +542,21 @@ def backward_into(
     mask: Tensor | None, options: Options, space: Workspace,
 ) -> None:  # fmt: skip
     "Leave dq, dk, dv of whole sequences where they belong."
+    dout, q = finite_padding(dout, mask), finite_padding(q, mask)
+    options, shifted = options.split(k.shape[1])
+    if shifted:
+        sums = tuple(x if x.dtype == lse.dtype else torch.empty_like(x, dtype=lse.dtype) for x in grads)
+        backward_into(sums, dout, q, k, v, out, lse, mask, options, space)
+        for one in shifted:
+            add_shifted(sums, dout, q, k, v, out, lse, mask, one, space)
+        for grad, total in zip(grads, sums):
+            grad.copy_(total)
+        return
     if options.backend == "triton":
         from dilated_attention_nb.triton_backward import fused_backward
 
         how = (options.is_causal, options.mixing, options.offsets, options.scale, options.use_tf32)
+        k, v = absent(k, mask), absent(v, mask)
         for grad, result in zip(grads, fused_backward(dout, q, k, v, out, lse, mask, *options.branches, *how)):
             grad.copy_(result)
         return
@@ -528,6 +570,52 @@ def backward_into(
         at, kv = (slice(None), *rows), (slice(None), *keys)
         parts = dq[at], dk[kv], dv[kv]
         backward_portion(parts, dout[at], q[at], k[kv], v[kv], out[at], lse[at], padding, plan, options, space)
+
+# %% ../nbs/07_improved.ipynb #5d0c9b02
+def shifted_windows(options: Options, q: Tensor) -> Iterator[tuple[slice, slice, int]]:
+    "Rows, the tokens of the segments that they show, and the places of these, about a portion at a time."
+    n, places, w = q.shape[1], options.segment_lengths[0], options.segment_lengths[0] - options.filled
+    segments = -(-n // places)
+    step = max(1, options.portion // (q.shape[0] * q.shape[2] * q.shape[3] * places))
+    for first in range(0, segments, step):
+        last = min(first + step, segments)
+        rows, tokens = slice(first * places, min(last * places, n)), slice(first * w, min(last * w, n))
+        yield rows, tokens, (last - first) * places
+
+
+def filled_inputs(options: Options, tokens: slice, *inputs: Tensor | None) -> list[Tensor | None]:
+    "Some tokens of each, in filled segments."
+    w, p = options.segment_lengths[0] - options.filled, options.filled
+    return [None if x is None else fill_segments(x[:, tokens], w, p) for x in inputs]
+
+
+def merge_shifted(
+    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options, space: Workspace
+) -> None:
+    "Merge one branch whose rows are shifted into `out` and `lse`."
+    for rows, tokens, places in shifted_windows(options, q):
+        o, l = (x.new_empty((x.shape[0], places, *x.shape[2:])) for x in (out, lse))
+        forward_into(o, l, *filled_inputs(options, tokens, q, k, v, mask), options, space)  # type: ignore[arg-type]
+        o, l, there = o[:, : rows.stop - rows.start], l[:, : rows.stop - rows.start], out[:, rows]
+        weight = merge_lse_(lse[:, rows], l)
+        there.copy_(torch.lerp(there.to(l.dtype), o.to(l.dtype), weight))
+
+
+def add_shifted(
+    grads: tuple[Tensor, ...], dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    mask: Tensor | None, options: Options, space: Workspace,
+) -> None:  # fmt: skip
+    "Add the share of one branch whose rows are shifted to dq, dk, dv. Rows beyond the last get an lse of infinity."
+    for rows, tokens, places in shifted_windows(options, q):
+        more = places - (rows.stop - rows.start)
+        do, o = (pad(x[:, rows], (0, 0, 0, 0, 0, more)) for x in (dout, out))
+        l = pad(lse[:, rows], (0, 0, 0, more), value=inf)
+        gq, gk, gv, padding = filled_inputs(options, tokens, q, k, v, mask)
+        parts = tuple(torch.empty_like(x) for x in (gq, gk, gv))  # type: ignore[arg-type]
+        backward_into(parts, do, gq, gk, gv, o, l, padding, options, space)  # type: ignore[arg-type]
+        for grad, part in zip(grads, parts):
+            real = part.unflatten(1, (-1, options.segment_lengths[0]))[:, :, : -options.filled].flatten(1, 2)
+            grad[:, tokens].add_(real[:, : tokens.stop - tokens.start])
 
 # %% ../nbs/07_improved.ipynb #5d0c9a74
 def _bare(x: Tensor, cu_seqlens: Tensor, nothing: float = 0, dtype: torch.dtype | None = None) -> Tensor:
@@ -578,8 +666,8 @@ def _options(
     name = resolve_backend(backend, q, mask is not None, whole=True)
     every = ("dout", "q", "k", "v", "out")
     copy = () if q.device.type != "cpu" else every if backward or q.element_size() > 2 else ("q",)
-    zeros = ragged == "zeros" and not is_causal
-    how = is_causal, mixing, offsets, zeros, scale, use_tf32, name, portion_size(q, backward), copy
+    zeros, shifts = ragged == "zeros" and not is_causal, ragged == "zeros"
+    how = is_causal, mixing, offsets, zeros, shifts, scale, use_tf32, name, portion_size(q, backward), copy
     return Options(tuple(segment_lengths), tuple(dilation_rates), *how)
 
 
@@ -595,6 +683,10 @@ def forward_op(
     with tf32(use_tf32, q):
         if cu_q is not None and cu_k is not None:
             return packed_forward(q, k, v, mask, cu_q, cu_k, options, ragged, space)
+        if options.backend == "triton":
+            from dilated_attention_nb.triton_forward import check_size
+
+            check_size(q, k)  # before anything of that size is made
         out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide_dtype(q))
         forward_into(out, lse, q, k, v, mask, options, space)
     return out, lse
@@ -617,7 +709,7 @@ def backward_op(
         backward_into(grads, dout, q, k, v, out, lse, mask, options, space)
     return grads
 
-
+# %% ../nbs/07_improved.ipynb #5d0c9a79
 @forward_op.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide_dtype(q))
@@ -635,21 +727,91 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, operator: Any = backward_op) -> tuple[Any, ...]:
     "Gradients of the joint softmax; lse is not for users and carries none."
     *x, cu_q, cu_k = ctx.saved_tensors
     nothing = (None,) * (3 + len(ctx.options))
     if dout is None:
         return (None,) * 3 + nothing
-    return *backward_op(dout, *x, *ctx.options, cu_q, cu_k), *nothing
+    return *operator(dout, *x, *ctx.options, cu_q, cu_k), *nothing
 
 
-def _no_second_derivative(ctx: Any, *_: Any) -> Any:
+def _no_second_derivative(*_: Any) -> Any:
     raise NotImplementedError("dilated_attention has no second derivative; use DilatedAttention(config, 'math')")
 
 
 forward_op.register_autograd(_backward, setup_context=_save)
 backward_op.register_autograd(_no_second_derivative)
+
+
+class Transformed(torch.autograd.Function):
+    "The operator under `torch.func`, with every argument by its name: `torch.compile` counts them."
+
+    @staticmethod
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, segment_lengths: Sequence[int],
+        dilation_rates: Sequence[int], is_causal: bool, mixing: str, offsets: str, ragged: str, scale: float,
+        backend: str, use_tf32: bool, cu_q: Tensor | None, cu_k: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        how = segment_lengths, dilation_rates, is_causal, mixing, offsets, ragged, scale, backend, use_tf32
+        return forward_op(q, k, v, mask, *how, cu_q, cu_k)  # type: ignore[no-any-return]
+
+    setup_context = staticmethod(_save)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+        return _backward(ctx, dout, dlse, TransformedBackward.apply)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        return folded(Transformed.apply, info.batch_size, in_dims, inputs)
+
+
+class TransformedBackward(torch.autograd.Function):
+    "Its gradient under `torch.func`."
+
+    @staticmethod
+    def forward(
+        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None,
+        segment_lengths: Sequence[int], dilation_rates: Sequence[int], is_causal: bool, mixing: str, offsets: str,
+        ragged: str, scale: float, backend: str, use_tf32: bool, cu_q: Tensor | None, cu_k: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        how = segment_lengths, dilation_rates, is_causal, mixing, offsets, ragged, scale, backend, use_tf32
+        return backward_op(dout, q, k, v, out, lse, mask, *how, cu_q, cu_k)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        "Nothing is needed to refuse."
+
+    backward = staticmethod(_no_second_derivative)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        return folded(TransformedBackward.apply, info.batch_size, in_dims, inputs)
+
+# %% ../nbs/07_improved.ipynb #5d0c9a7b
+def _operations(q: Tensor, k: Tensor, v: Tensor, *options: Any, backward: bool = False, **_: Any) -> int:
+    "Floating-point operations of `forward_op` or of `backward_op`, from the arguments that both have."
+    mask, lengths, rates, is_causal, mixing, offsets, ragged, scale, backend, use_tf32, *documents = options
+    each = [(q.shape[1], k.shape[1])] * q.shape[0]
+    if documents and documents[0] is not None and all(map(readable, documents)):
+        sides_of_each = (document_rows(ends, x.shape[1])[1].tolist() for ends, x in zip(documents, (q, k)))
+        each = [(nq, nk) for nq, nk in zip(*sides_of_each) if nq]
+    pairs = 0
+    for nq, nk in each:
+        plan = tiles(nq, nk, q.shape[2], k.shape[2], clipped(tuple(lengths), nk), tuple(rates), mixing, offsets)
+        pairs += sum(tile.segments * tile.num_heads * tile.size[0] * tile.size[1] for tile in plan)
+    return product_operations(pairs, q.shape[3], backward)
+
+
+def _backward_operations(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *options: Any, **_: Any
+) -> int:
+    return _operations(q, k, v, *options, backward=True)
+
+
+_ours = torch.ops.dilated_attention_nb
+count_operations({_ours.forward: _operations, _ours.backward: _backward_operations})
 
 # %% ../nbs/07_improved.ipynb #f8ed8d68
 def dilated_attention(
@@ -688,7 +850,9 @@ def dilated_attention(
     check_heads(q.shape[2], len(segment_lengths), mixing)
     if cu_seqlens is None and cu_seqlens_q is None:
         check_length(k.shape[1], segment_lengths, ragged)
-        documents = ()
+        if q.shape[1] < k.shape[1]:
+            check_unshifted(k.shape[1], segment_lengths, dilation_rates, ragged, "with fewer queries than keys")
+        documents = None, None
     else:
         documents = check_documents(cu_seqlens, cu_seqlens_q, q, k)
     factor = q.shape[-1] ** -0.5 if (scale := check_scale(scale)) is None else scale
@@ -698,7 +862,8 @@ def dilated_attention(
         )
     branches = list(segment_lengths), list(dilation_rates)
     how = (is_causal, mixing, offsets, ragged, factor, backend, use_tf32)
-    out: Tensor = forward_op(q, k, v, key_padding_mask, *branches, *how, *documents)[0]
+    operator = Transformed.apply if torch._C._are_functorch_transforms_active() else forward_op
+    out: Tensor = operator(q, k, v, key_padding_mask, *branches, *how, *documents)[0]
     return out
 
 

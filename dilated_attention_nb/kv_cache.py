@@ -31,6 +31,7 @@ from dilated_attention_nb.config import (
     check_kv_heads,
     check_qkv,
     check_scale,
+    check_unshifted,
     complaint,
 )
 from .improved import dilated_attention
@@ -57,6 +58,8 @@ class _Cache:
             check_heads(
                 self.num_heads, check_config("config", config, DilatedAttentionConfig).num_branches, config.mixing
             )
+            most = inf if self.max_seq_len is None else self.max_seq_len
+            check_unshifted(most, config.segment_lengths, config.dilation_rates, config.ragged, "in a cache")
         self.config = config
         home, kind = (None, None) if config is None else (config.device, config.dtype)
         self.device = check_device("device", device) or home or torch.device("cpu")
@@ -241,8 +244,8 @@ class _Branch:
         n, r = k.shape[1], self.r
         self.segment, inside = divmod(first, self.w)
         if mask is not None and not self.masks:
-            slots = self.k.shape[0], self.k.shape[2]
-            self.masks = {s: torch.zeros(slots, dtype=torch.bool, device=k.device) for s in self.runs}
+            size = self.k.shape[0], self.k.shape[2]
+            self.masks = {s: torch.zeros(size, dtype=torch.bool, device=k.device) for s in self.runs}
         for s, runs in self.runs.items():
             skip = (s - inside) % r
             if skip < n:

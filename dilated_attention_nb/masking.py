@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['causal_mask', 'branch_mask', 'head_groups', 'branch_heads', 'attention_counts', 'Grid', 'grid_pairs', 'Piece', 'Tile',
-           'kv_runs', 'tiles', 'clipped']
+           'kv_runs', 'tiles', 'clipped', 'fill_segments']
 
 # %% ../nbs/04_masking.ipynb #c9437197
 from collections.abc import Iterator
@@ -13,8 +13,9 @@ from functools import lru_cache
 from itertools import groupby
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .config import MIXINGS, OFFSETS, check_choice, check_heads
 
@@ -238,6 +239,8 @@ def tiles(
     zeros: bool = False,  # count the zero keys that fill each grid up to ceil(w / r) tokens
     first: int = 0,  # first kv head of the portion of heads
     last: int | None = None,  # end of the portion, None: all heads
+    only: tuple[int, ...] | None = None,  # the branches to compute, None: all
+    filled: int = 0,  # places of each segment that `fill_segments` added; heads whose grid is one of them meet no key
 ) -> tuple[Tile, ...]:
     """What to compute for some heads, small dilation rates first. Causality is the kernel's business: it adds no tile.
 
@@ -249,7 +252,8 @@ def tiles(
     for g in sorted(range(len(dilation_rates)), key=lambda g: dilation_rates[g]):
         w, r = segment_lengths[g], dilation_rates[g]
         for members, s in branch_heads(num_heads, g, dilation_rates, mixing, offsets):
-            inside = [h for h in members if low <= h < high]
+            there = (only is None or g in only) and (s < w - filled or not filled)
+            inside = [h for h in members if low <= h < high and there]
             heads = range(inside[0], inside[-1] + 1, members.step) if inside else range(0)
             for (q, kv), (queries, keys) in (
                 (a, b) for a in kv_runs(heads, repeat) for b in grid_pairs(nq, nk, w, r, s)
@@ -269,3 +273,14 @@ def _cut(heads: range, low: int) -> slice:
 def clipped(segment_lengths: tuple[int, ...], n: int) -> tuple[int, ...]:
     "The segment lengths `min(w, n)`: a segment longer than the sequence is the sequence."
     return tuple(min(w, n) for w in segment_lengths)
+
+
+def fill_segments(
+    x: Shaped[Tensor, "b n *rest"],
+    w: int,  # tokens of a segment
+    p: int,  # places behind each
+) -> Shaped[Tensor, "b places *rest"]:
+    "Segments, `p` places of zeros behind each, one after another, `ceil(n / w) * (w + p)` places: see `row_shifts`."
+    rest = [0, 0] * (x.dim() - 2)
+    segments = pad(x, [*rest, 0, -x.shape[1] % w]).unflatten(1, (-1, w))
+    return pad(segments, [*rest, 0, p]).flatten(1, 2)

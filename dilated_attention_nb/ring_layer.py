@@ -6,7 +6,7 @@
 __all__ = ['RingLayer']
 
 # %% ../nbs/08e_ring_layer.ipynb #f16eb6d9
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -28,11 +28,11 @@ from .memory_pool import UnifiedMemoryPool
 from .partial import cast_like_autocast, resolve_backend
 from .ring_moves import Buffers, Call, Event, Plan, Traffic, count_traffic
 from .ring_schedule import Attention, Runner, Schedule, Steps, Together
-from .sharding import Ring, gather_sequence, shard_sequence, stamp
+from .sharding import GroupRef, Ring, Vote, default_group, gather_sequence, shard_sequence, stamp
 
 # %% ../nbs/08e_ring_layer.ipynb #1937aa16
-def run_apart(ring: Ring, schedule: Steps, tag: int) -> Any:
-    "Run this rank's schedule over real messages."
+def run_apart(ring: Ring, schedule: Steps, tag: int, vote: Vote) -> Any:
+    "Run this rank's schedule over real messages, which nobody uses before all are known to be called alike."
     pending: list[tuple[Any, str]] = []
     while True:
         try:
@@ -40,28 +40,77 @@ def run_apart(ring: Ring, schedule: Steps, tag: int) -> Any:
         except StopIteration as end:
             return end.value
         if exchange is None:
+            vote.settle()
             ring.finish(pending)
         else:
             pending = ring.start(exchange, tag)
             if not ring.overlap:
+                vote.settle()
                 ring.finish(pending)
                 pending = []
+
+
+Question = tuple[str, int, Callable[[], dict[str, Any]]]  # words, fingerprint, facts
+
+
+class Facts:
+    "What the ranks of a ring must have in common in a call, and its fingerprint."
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values, self.fingerprint = values, stamp(*values.items())
+
+    def forward(self) -> Question:
+        "What `Ring.agree` takes."
+        return "ring attention, forward, step 1", self.fingerprint, lambda: {"the call": "forward", **self.values}
+
+    def backward(self, number: int) -> Question:
+        "The same for the gradients of the call with this number."
+        call = f"backward of forward call {number}"
+        facts = {"the call": call, **self.values}
+        return "ring attention, backward, step 1", stamp(self.fingerprint, call), lambda: facts
 
 
 class Apart(Runner):
     "Runs the share of this rank, with its neighbours in other processes."
 
-    def __init__(self, ring: Ring, workers: Sequence[Schedule], use_tf32: bool, dtype: torch.dtype) -> None:
+    def __init__(
+        self, ring: Ring, workers: Sequence[Schedule], use_tf32: bool, dtype: torch.dtype, facts: Facts, vote: Vote
+    ) -> None:
         super().__init__([worker.call for worker in workers], use_tf32)
         self.ring, self.workers, self.dtype = ring, workers, dtype
+        self.facts, self.vote = facts, vote  # of the call
+        self.number = 0  # of the call, once it was agreed on
+
+    def forward(self, *tensors: Any) -> tuple[Tensor, Tensor, dict[Any, Tensor]]:
+        "Merged out and lse, and the parcels that are kept. Raises on all ranks if they were not called alike."
+        found = super().forward(*tensors)
+        self.number = self.vote.settle()
+        return found
+
+    def backward(self, dout: Tensor, *saved: Any) -> list[Tensor]:
+        "dq, dk, dv. Raises on all ranks if some of them go back through another call, or do something else."
+        self.vote = ask(self.ring, dout, *self.facts.backward(self.number))
+        return super().backward(dout, *saved)
 
     def run(self, at: int, name: str, *tensors: Any) -> Any:
         worker = self.workers[at]
         try:
-            return run_apart(self.ring, getattr(worker, name)(*tensors), stamp(worker.call, self.dtype))
+            tag = stamp(worker.call, self.dtype, name, self.vote.token)
+            return run_apart(self.ring, getattr(worker, name)(*tensors), tag, self.vote)
         finally:
             if isinstance(worker.buffers, Buffers):
                 worker.buffers.free.clear()
+
+
+def ask(ring: Ring, x: Tensor, *question: Any) -> Vote:
+    """Begin to compare a call with those of the other ranks.
+
+    The first of a ring, and one on a GPU, wait for the answer: messages have no tag yet, NCCL's never have one.
+    """
+    vote = Vote(ring, *question)
+    if ring.token == 0 or x.device.type != "cpu":
+        vote.token = vote.settle()
+    return vote
 
 
 def bounded(cache: dict[Any, Any], size: int = 16) -> dict[Any, Any]:
@@ -92,10 +141,11 @@ class RingLayer(ConfiguredModule):
             name = self.config_type.__name__
             raise TypeError(complaint("config", f"be a {name}", type(config).__name__, "make it one"))
         self.config: Any = config
-        self.group, self.pool, self.overlap = group, pool, overlap
+        self._given, self.pool, self.overlap = GroupRef(group), pool, overlap
+        self._joined = group is not None or default_group() is not None  # no longer alone without a group
         self.record: list[Event] | None = None  # a list here gets an entry for whatever this rank does
         self._ring: Ring | None = None
-        self._agreed: dict[str, None] = {}
+        self._facts: dict[Any, Facts] = {}
         self._plans: dict[Call, list[tuple[Call, Plan]]] = {}
         self._meters: list[dict[str, int]] = []
         self._saved = {"saved": 0, "received": 0}
@@ -129,20 +179,31 @@ class RingLayer(ConfiguredModule):
         v: Float[Tensor, "b m hk d"],
         is_causal: bool = False,
         key_padding_mask: Bool[Tensor, "b m"] | None = None,  # True is padding
+        cu_seqlens: Any = None,  # refused: documents are not cut over ranks
     ) -> Float[Tensor, "b m h d"]:
         """What this rank's tokens get. `m` is the length divided by the ring size.
 
-        Raises `ValueError` or `TypeError` for bad input, and on all ranks if they differ; `RuntimeError`, within the
-        group's time-out, naming operation and peer, if a rank does not answer.
+        Raises `ValueError` or `TypeError` for bad input, and on all ranks, naming in what, if they differ or one of
+        them refuses its own; `RuntimeError`, within the group's time-out, naming operation and peer, if a rank does
+        not answer, and if the group was destroyed.
         """
-        c = self.config
-        q, k, v = cast_like_autocast(q, k, v)
-        self.check(q, k, v, key_padding_mask, is_causal)
-        ring, masked = self.ring(), key_padding_mask is not None
+        c, ring = self.config, self.ring()
+        with ring.refusing_together():
+            if cu_seqlens is not None:
+                advice = "attend to them on one device, or give each document a row of its own"
+                raise ValueError(complaint("cu_seqlens", "be None on a ring", "packed documents", advice))
+            q, k, v = cast_like_autocast(q, k, v)
+            self.check(q, k, v, key_padding_mask, is_causal)
+        masked = key_padding_mask is not None
         wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-        self.agree(ring, q, k, is_causal, masked, wanted)
+        facts = self.facts(q, k, is_causal, masked, wanted)
+        vote = ask(ring, q, *facts.forward())
         shape = (q.shape[0], q.shape[1] * ring.size, *q.shape[2:])
-        call = self.make_call(ring.size, shape, k.shape[2], masked, is_causal)
+        try:
+            call = self.make_call(ring.size, shape, k.shape[2], masked, is_causal)
+        except ValueError:
+            vote.settle()
+            raise
         if call not in self._plans:
             calls = call.portions(q.device, q.dtype)
             found = [plans[0] for plans in self.make_plans(calls, [ring.rank])]
@@ -155,8 +216,8 @@ class RingLayer(ConfiguredModule):
         backend, scale = resolve_backend("auto", q, masked), q.shape[3] ** -0.5
         workers = [self.make_schedule(*planned, scale, backend, **options) for planned in self._plans[call]]
         self._meters = [worker.meter for worker in workers]
-        apart = Apart(ring, workers, c.use_tf32, q.dtype)
-        out = Attention.apply(q, k, v, key_padding_mask, apart)  # type: ignore[no-untyped-call]
+        apart = Apart(ring, workers, c.use_tf32, q.dtype, facts, vote)
+        out, *_ = Attention.apply(q, k, v, key_padding_mask, apart)  # type: ignore[no-untyped-call]
         self._saved = held(workers, q, k, v, key_padding_mask) if wanted else {"saved": 0, "received": 0}
         return dropout(out, c.dropout, self.training)
 
@@ -184,7 +245,7 @@ class RingLayer(ConfiguredModule):
             for one, plans in zip(calls, self.make_plans(calls, ranks))
         ]
         together = Together(workers, self.config.use_tf32)
-        out: Tensor = Attention.apply(q, k, v, key_padding_mask, together)  # type: ignore[no-untyped-call]
+        out: Tensor = Attention.apply(q, k, v, key_padding_mask, together)[0]  # type: ignore[no-untyped-call]
         return out
 
     def traffic(
@@ -217,31 +278,48 @@ class RingLayer(ConfiguredModule):
 
     def __deepcopy__(self, memo: Any) -> Any:
         "The copy shares group and pool: processes and buffers cannot be copied."
-        copied = type(self)(self.config, self.group, self.pool).train(self.training)
+        copied = type(self)(self.config, None, self.pool).train(self.training)
+        copied._given, copied._joined = self._given, self._joined
         copied.part, copied.overlap = self.part, self.overlap
         return copied
 
+    def __getstate__(self) -> dict[str, Any]:
+        "For pickle: without what belongs to this process."
+        return {**self.__dict__, "_ring": None, "_facts": {}, "_plans": {}, "_meters": []}
+
+    @property
+    def group(self) -> Any:  # a ProcessGroup, or None
+        "The process group that it was given; it is not kept alive."
+        return self._given.there
+
     def ring(self) -> Ring:
-        "The ring of this process."
-        default = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-        if self._ring is None or self._ring.group is not (self.group or default):
-            self._ring, self._agreed, self._plans = Ring(self.group, self.config.ring_size, self.overlap), {}, {}
+        "The ring of this process. Raises `RuntimeError` if its group was destroyed."
+        group = self._given() or default_group()
+        if group is None and self._joined:
+            rule, got = "be there for a layer that was made or called in it", "none: it was destroyed"
+            raise RuntimeError(
+                complaint("the process group", rule, got, "call init_process_group, or make a new layer")
+            )
+        if self._ring is None or not self._ring.serves(group):
+            self._ring, self._facts, self._plans = Ring(group, self.config.ring_size, self.overlap), {}, {}
+        self._joined = group is not None
         return self._ring
 
-    def agree(self, ring: Ring, q: Tensor, k: Tensor, is_causal: bool, masked: bool, wanted: bool) -> None:
-        "Compare arguments with the other ranks, once for each kind of call."
-        facts = {
-            "the local length": q.shape[1], "the batch size": q.shape[0], "the number of heads": q.shape[2],
-            "the number of key/value heads": k.shape[2], "head_dim": q.shape[3], "dtype": q.dtype,
-            "is_causal": is_causal, "part": self.part,
-            "whether there is a key_padding_mask": masked, "whether there are gradients": wanted,
-            "the layer": type(self).__name__,
-            **{f"config.{name}": value for name, value in self.config.to_dict().items() if name != "device"},
-        }  # fmt: skip
-        key = str(facts)
-        if ring.size > 1 and key not in self._agreed:
-            ring.agree(facts, q.device)
-            bounded(self._agreed)[key] = None
+    def facts(self, q: Tensor, k: Tensor, is_causal: bool, masked: bool, wanted: bool) -> Facts:
+        "What the ranks must have in common in this call."
+        dropping = self.training and self.config.dropout > 0
+        key = q.shape, k.shape, q.dtype, is_causal, masked, wanted, dropping, self.part, self.config
+        if key not in self._facts:
+            values = {
+                "the local length": q.shape[1], "the batch size": q.shape[0], "the number of heads": q.shape[2],
+                "the number of key/value heads": k.shape[2], "head_dim": q.shape[3], "dtype": q.dtype,
+                "is_causal": is_causal, "part": self.part,
+                "whether there is a key_padding_mask": masked, "whether there are gradients": wanted,
+                "whether there is dropout": dropping, "the layer": type(self).__name__,
+                **{f"config.{name}": value for name, value in self.config.to_dict().items() if name != "device"},
+            }  # fmt: skip
+            bounded(self._facts)[key] = Facts(values)
+        return self._facts[key]
 
     def extra_repr(self) -> str:
         return f"{self.config}"

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .memory_pool import UnifiedMemoryPool
 from .partial import tf32
@@ -224,21 +223,61 @@ class Attention(torch.autograd.Function):
     "One node for all of a layer's communication, so that every rank sends in the same order, backward too."
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, runner: Any) -> Tensor:
-        out: Tensor  # a runner is of any kind that has the two methods
-        with tf32(runner.use_tf32, q):
+    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, runner: Any) -> tuple[Tensor, ...]:
+        "Returns out, lse and the parcels that are kept."
+        with tf32(runner.use_tf32, q):  # a runner is of any kind that has the two methods
             out, lse, kept = runner.forward(q, k, v, mask)
-        ctx.runner, ctx.parcels = runner, list(kept)
-        ctx.save_for_backward(q, k, v, out, lse, mask, *kept.values())
-        return out
+        runner.parcels = list(kept)
+        return out, lse, *kept.values()
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, mask, *kept = ctx.saved_tensors
-        with tf32(ctx.runner.use_tf32, q):
-            grads = ctx.runner.backward(dout, q, k, v, out, lse, mask, dict(zip(ctx.parcels, kept)))
-        return *grads, None, None
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.runner = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*tensors, *output)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if dout is None:
+            return (None,) * 5
+        return *Gradients.apply(dout, ctx.runner, *ctx.saved_tensors), None, None  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError("a ring has no forward-mode derivative; use torch.func.vjp")
+
+    @staticmethod
+    def vmap(*_: Any) -> Any:
+        raise NotImplementedError(IN_VMAP)
+
+
+IN_VMAP = "a ring has no rule for vmap; fold the mapped dimension into the batch"
+
+
+class Gradients(torch.autograd.Function):
+    "The backward pass of `Attention`."
+
+    @staticmethod
+    def forward(dout: Tensor, runner: Any, *saved: Any) -> tuple[Tensor, ...]:
+        q, k, v, mask, out, lse, *kept = saved
+        with tf32(runner.use_tf32, q):
+            return tuple(runner.backward(dout, q, k, v, out, lse, mask, dict(zip(runner.parcels, kept))))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(
+            "a ring has no second derivative; attend on one device: dilated segments with DilatedAttention(config, "
+            "'math'), blocks with torch's scaled_dot_product_attention under the pattern's token_mask"
+        )
+
+    @staticmethod
+    def vmap(*_: Any) -> Any:
+        raise NotImplementedError(IN_VMAP)
 
 # %% ../nbs/08d_ring_schedule.ipynb #b8014d42
 class Runner:
@@ -246,6 +285,7 @@ class Runner:
 
     def __init__(self, calls: Sequence[Any], use_tf32: bool) -> None:
         self.calls, self.use_tf32 = calls, use_tf32
+        self.parcels: list[Any] = []  # those that `Attention` keeps
 
     def portions(self) -> Iterator[tuple[slice, slice]]:
         "Where the heads of each portion stand in the tensors, which begin with the first portion."

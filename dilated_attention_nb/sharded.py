@@ -7,8 +7,11 @@ __all__ = ['share_positions', 'embed_share', 'put_ring', 'check_share', 'LongNet
            'share_in_ring', 'share_worker', 'Team', 'group_backends', 'join_processes', 'joined_team']
 
 # %% ../nbs/12c_sharded.ipynb #db9ae0c0
+import atexit
+import gc
 import json
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +29,7 @@ from .dilated import DilatedAttention
 from .improved import ImprovedDilatedAttention
 from .longnet import LongNet, Rotation, head_losses, make_rotation
 from .ring import RingDilatedAttention, shard_sequence
+from .sharding import GroupRef, Ring, destroyed
 
 # %% ../nbs/12c_sharded.ipynb #2009636a
 def share_positions(
@@ -100,7 +104,7 @@ class LongNetShare(nn.Module):
         super().__init__()
         check_share(model)
         put_ring(model, layout, group=group, **options)
-        self.config, self.group, self.layout = model.config, group, layout
+        self.config, self._given, self.layout = model.config, GroupRef(group), layout
         self.recompute = model.config.activation_checkpointing
         every = range(model.config.num_layers)
         chosen = every if layers is None else layers
@@ -131,10 +135,17 @@ class LongNetShare(nn.Module):
         x = self.decoder.layer_norm(x)
         return x if targets is None else self.losses(x, targets)
 
+    @property
+    def group(self) -> Any:  # a ProcessGroup, or None
+        "The process group of the ring, which is not kept alive; None is the default one."
+        return self._given.there
+
     def positions(self, x: Tensor) -> Int[Tensor, " m"]:
         "Of this rank's tokens: `x` is the whole sequence of tokens, or this rank's share of the stream."
-        size = 1 if self.embed_tokens is not None else ring_size(self.group)
-        return share_positions(x.shape[1] * size, self.group, self.layout)
+        ring = Ring(self._given())
+        with ring.refusing_together():
+            size = 1 if self.embed_tokens is not None else ring.size
+            return share_positions(x.shape[1] * size, self.group, self.layout)
 
     def rotation(self, positions: Int[Tensor, " m"], dtype: torch.dtype) -> Rotation | None:
         "Of the positions, for all layers."
@@ -172,14 +183,41 @@ class MeanLoss(nn.Module):
 
     def __init__(self, losses: nn.Module, group: dist.ProcessGroup | None = None) -> None:
         super().__init__()
-        self.module, self.group = losses, group
+        self.module, self._given = losses, GroupRef(group)
 
     def forward(self, tokens: Int[Tensor, "b n"], targets: Int[Tensor, "b n"]) -> Float[Tensor, ""]:
         "The mean loss in nats, the same on all ranks. Its gradients are right once averaged over them."
         count = (targets != -100).sum().clamp(min=1)
-        share = self.module(tokens, targets).sum() * ring_size(self.group) / count
-        mean: Tensor = MeanOverRanks.apply(share, self.group)  # type: ignore[no-untyped-call]
+        group = self._given()
+        share = self.module(tokens, targets).sum() * ring_size(group) / count
+        mean: Tensor = MeanOverRanks.apply(share, group)  # type: ignore[no-untyped-call]
         return mean
+
+# %% ../nbs/12c_sharded.ipynb #5be20c4e
+def let_go_at_exit(module: nn.Module, mesh: Any = None) -> None:
+    """PyTorch's wrappers own process groups past `destroy_process_group`: take these away when a script has ended.
+
+    A thread of a group that is left when Python ends can bring the process down; the last reference waits for it.
+    """
+    meshes = [] if mesh is None else [mesh, getattr(mesh, "_root_mesh", None) or mesh]
+    registries = [getattr(one, "_pg_registry", {}) for one in meshes]  # where a mesh keeps the groups of its parts
+    groups = {id(group): weakref.ref(group) for names in registries for group in names.values()}
+    groups[id(dist.group.WORLD)] = weakref.ref(dist.group.WORLD)
+    atexit.register(let_go, weakref.ref(module), list(groups.values()), registries)
+
+
+def let_go(module: Callable[[], Any], groups: list[Callable[[], Any]], registries: list[dict[str, Any]]) -> None:
+    "Take groups that were destroyed from whoever still has them: DDP, FSDP2, meshes, stages of a pipeline, variables."
+    left = [group for ref in groups if (group := ref()) is not None and destroyed(group)]
+    for registry in registries if left else ():
+        registry.clear()
+    for group in left:
+        for owner in gc.get_referrers(group):
+            names = owner if isinstance(owner, dict) else getattr(owner, "__dict__", {})
+            names.update({name: None for name, value in names.items() if value is group})
+    if left and isinstance(ddp := module(), DistributedDataParallel):
+        # before the groups go: only from Python do they wait for their threads without holding its lock
+        ddp.reducer = ddp.logger = None  # type: ignore[assignment]
 
 # %% ../nbs/12c_sharded.ipynb #ce97bdf3
 def share_in_ring(model: LongNet, layout: str = "zigzag") -> nn.Module:
@@ -187,6 +225,7 @@ def share_in_ring(model: LongNet, layout: str = "zigzag") -> nn.Module:
     share: nn.Module = LongNetShare(model, layout=layout)
     if ring_size(None) > 1:
         share = DistributedDataParallel(share)  # averages gradients in buckets while others are computed
+        let_go_at_exit(share)
     return MeanLoss(share)
 
 # %% ../nbs/12c_sharded.ipynb #ccdf552c

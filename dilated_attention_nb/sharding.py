@@ -6,19 +6,22 @@
 __all__ = ['shard_sequence', 'gather_sequence', 'sharding_worker']
 
 # %% ../nbs/08b_sharding.ipynb #44e0fe04
+import itertools
 import json
 import time
+import traceback
+import weakref
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import lcm
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .config import RING_LAYOUTS, check_choice, complaint
 
@@ -95,47 +98,99 @@ def stamp(*values: Any) -> int:
     return zlib.crc32(repr(values).encode()) % (2**31 - 2) + 1
 
 # %% ../nbs/08b_sharding.ipynb #532432cf
+class GroupRef:
+    """A process group that is not owned: it goes when `destroy_process_group` lets go of it.
+
+    Gloo's threads end with their group, and must before Python does; what a graph or a layer keeps must not keep them.
+    """
+
+    def __init__(self, group: "dist.ProcessGroup | None") -> None:
+        real = dist.is_available() and isinstance(group, dist.ProcessGroup)
+        self._weak = weakref.ref(group) if real else None
+        self._other = None if real else group  # None, or what stands for a group on processes outside it
+
+    @property
+    def there(self) -> Any:
+        "The group, without a question; None if it is none, or gone."
+        return self._other if self._weak is None else self._weak()
+
+    def __call__(self) -> Any:
+        "The group. Raises `RuntimeError` if it was destroyed."
+        if self._weak is not None and (self.there is None or destroyed(self.there)):
+            rule, got = "exist as long as it is used", "one that was destroyed"
+            advice = "call before destroy_process_group; afterwards make the layer again, with a group that exists"
+            raise RuntimeError(complaint("the process group", rule, got, advice))
+        return self.there
+
+
+def destroyed(group: Any) -> bool:
+    "Whether torch.distributed knows the group no longer."
+    try:
+        dist.get_process_group_ranks(group)
+    except KeyError:
+        return True
+    return False
+
+# %% ../nbs/08b_sharding.ipynb #7f1d0b52
 _FACTS = 4096  # bytes
+_AGREE = stamp("agree")  # the tag of what ranks compare, whatever they were called with
 
 
 class Ring:
     "The ranks of a ring: consecutive ranks of a process group. Without a process group it is this process alone."
 
+    numbers: ClassVar[Iterator[int]] = itertools.count(1)  # of the calls that this process is the first rank of
+
     def __init__(
         self, group: "dist.ProcessGroup | None" = None, ring_size: int | None = None, overlap: bool = True
     ) -> None:
         self.overlap = overlap
-        ready = dist.is_available() and dist.is_initialized()
-        self.group = group or (dist.group.WORLD if ready else None)
-        world, me = (dist.get_world_size(self.group), dist.get_rank(self.group)) if self.group else (1, 0)
+        self._group = GroupRef(group or default_group())
+        alone, ref = self._group.there is None, self._group
+        world, me = (1, 0) if alone else (dist.get_world_size(ref.there), dist.get_rank(ref.there))
         size = world if ring_size is None else ring_size
         if me < 0:
             raise ValueError("group must contain this process; build the layer on the ranks of its group only")
         if world % size:
             fits = ", ".join(str(r) for r in range(1, world + 1) if world % r == 0)
-            where = f"divide the {world} processes of the group" if self.group else "be 1 without a process group"
-            advice = f"use one of {fits}" if self.group else "call torch.distributed.init_process_group first"
+            where = "be 1 without a process group" if alone else f"divide the {world} processes of the group"
+            advice = "call torch.distributed.init_process_group first" if alone else f"use one of {fits}"
             raise ValueError(complaint("ring_size", where, size, advice))
         self.size, self.rank, first = size, me % size, me - me % size
-        self.ranks = [dist.get_global_rank(self.group, first + r) if self.group else r for r in range(size)]
+        self.ranks = [r if alone else dist.get_global_rank(ref(), first + r) for r in range(size)]
+        self.device = speaking_device(ref.there)
+        self.token = 0  # the number of the last call, which all ranks know: no two calls use the same in their tags
+
+    @property
+    def group(self) -> Any:  # a ProcessGroup, or None
+        "Its group. Raises `RuntimeError` if it was destroyed."
+        return self._group()
+
+    def serves(self, group: "dist.ProcessGroup | None") -> bool:
+        "Whether it is a ring of this group."
+        return self._group.there is group
 
     def start(self, exchange: Exchange, tag: int) -> list[tuple[Any, str]]:
         "Post the messages of an exchange; what to wait for, and in what words to complain."
-        ops, words = [], []
+        ops, words, group = [], [], self.group if exchange.sends or exchange.receives else None
         for kind, verb, messages in (
             (dist.irecv, "receiving", exchange.receives),
             (dist.isend, "sending", exchange.sends),
         ):
             for m in messages:
-                ops.append(dist.P2POp(kind, m.tensor, self.ranks[m.peer], self.group, tag))
+                ops.append(dist.P2POp(kind, m.tensor, self.ranks[m.peer], group, tag))
                 words.append(f"{verb} {m.words} {'to' if verb == 'sending' else 'from'} rank {self.ranks[m.peer]}")
+        del group  # an error that is kept must not keep the group, nor must the frames that it names
         if not ops:
             return []
+        count = len(ops)
         try:
             works = dist.batch_isend_irecv(ops)
         except RuntimeError as error:
+            ops.clear()
+            traceback.clear_frames(error.__traceback__)
             raise RuntimeError(f"{exchange.words}: {'; '.join(words)} failed: {error}") from error
-        if len(works) < len(ops):  # NCCL makes one of them
+        if len(works) < count:  # NCCL makes one of them
             words = ["; ".join(words)] * len(works)
         return [(work, f"{exchange.words}: {what}") for work, what in zip(works, words)]
 
@@ -151,61 +206,131 @@ class Ring:
                     f"{words} {waited}; did that rank die, stall or call something else? {error}"
                 ) from error
 
-    def gather(self, x: Tensor, words: str) -> list[Tensor]:
-        "The tensors of this shape and dtype of all ranks."
+    def post(self, x: Tensor, words: str, tag: int) -> tuple[list[Tensor], list[tuple[Any, str]]]:
+        "The tensors of this shape and dtype of all ranks, and what to wait for until they are there."
         x = x.contiguous()
-        found = [x if r == self.rank else torch.empty_like(x) for r in range(self.size)]
-        raw = [y.view(torch.uint8) if y.dtype == torch.bool else y for y in found]
+        tensors = [x if r == self.rank else torch.empty_like(x) for r in range(self.size)]
+        raw = [y.view(torch.uint8) if y.dtype == torch.bool else y for y in tensors]
         others = [r for r in range(self.size) if r != self.rank]
         sends = [Message(r, raw[self.rank], "its share") for r in others]
         exchange = Exchange(words, sends, [Message(r, raw[r], "its share") for r in others])
-        self.finish(self.start(exchange, stamp(words, tuple(x.shape), x.dtype)))
-        return found
+        return tensors, self.start(exchange, tag)
 
-    def agree(self, facts: dict[str, Any], device: torch.device) -> None:
-        "Raise on every rank a `ValueError` that names the facts in which ranks differ."
+    def exchange(self, x: Tensor, words: str, tag: int) -> list[Tensor]:
+        "The tensors of this shape and dtype of all ranks."
+        tensors, pending = self.post(x, words, tag)
+        self.finish(pending)
+        return tensors
+
+    def gather(self, x: Tensor, words: str) -> list[Tensor]:
+        "The shares of all ranks. Raises on every rank a `ValueError` if they differ in shape or dtype."
+        facts = {"the call": words, "the shape of a share": tuple(x.shape), "dtype": x.dtype}
+        self.agree(words, stamp(facts), lambda: facts)
+        return self.exchange(x, words, stamp(words))
+
+    def agree(self, words: str, fingerprint: int, facts: Callable[[], dict[str, Any]]) -> None:
+        "Raise on every rank a `ValueError` that names the facts in which ranks differ, if their fingerprints do."
+        Vote(self, words, fingerprint, facts).settle()
+
+    def complain(self, facts: dict[str, Any], words: str) -> None:
+        "Raise a `ValueError` that names the facts in which the ranks differ."
         text = json.dumps({name: str(value) for name, value in facts.items()})
-        if len(text) > _FACTS:
+        if len(text.encode()) > _FACTS:
             text = json.dumps({name: f"checksum {stamp(str(value))}" for name, value in facts.items()})
-        mine = torch.frombuffer(bytearray(text.ljust(_FACTS).encode()), dtype=torch.uint8).to(device)
-        found = [
-            json.loads(bytes(x.tolist())) for x in self.gather(mine, "ring attention, comparing the ranks' arguments")
-        ]
-        for name in facts:
-            values = [theirs.get(name) for theirs in found]
+        mine = torch.frombuffer(bytearray(text.encode().ljust(_FACTS)), dtype=torch.uint8).to(self.device)
+        heard = [json.loads(bytes(x.tolist())) for x in self.exchange(mine, words, _AGREE)]
+        common = [name for name in heard[0] if all(name in theirs for theirs in heard)]
+        for name in common:
+            values = [theirs[name] for theirs in heard]
             if len(set(values)) > 1:
                 got = ", ".join(f"{value} on rank {r}" for r, value in zip(self.ranks, values))
                 raise ValueError(complaint(name, "be the same on all ranks of a ring", got, "call all ranks alike"))
+
+    @contextmanager
+    def refusing_together(self) -> Iterator[None]:
+        "What a rank refuses inside, all others hear when they come to their next call, and refuse it as well."
+        try:
+            yield
+        except (TypeError, ValueError) as error:
+            facts = {"the arguments": f"{type(error).__name__}: {error}"}
+            self.agree("a call that was refused", stamp(facts), lambda: facts)
+            raise
+
+
+class Vote:
+    """Whether all ranks of a ring were called alike: each sends its fingerprint to all, 16 bytes, and goes on.
+
+    `settle` waits for the answers. Until then a rank may compute, and send what carries the tag of this call.
+    """
+
+    def __init__(self, ring: Ring, words: str, fingerprint: int, facts: Callable[[], dict[str, Any]]) -> None:
+        self.ring, self.facts, self.words = ring, facts, words + ", comparing the ranks' arguments"
+        self.token, self.number = ring.token, 0  # of the call before, and of this one: the first rank's
+        self.heard: list[Tensor] = []
+        self.pending: list[tuple[Any, str]] | None = None
+        if ring.size > 1:
+            mine = torch.tensor((fingerprint, next(ring.numbers) if ring.rank == 0 else 0), device=ring.device)
+            self.heard, self.pending = ring.post(mine, self.words, _AGREE)
+
+    def settle(self) -> int:
+        "The number of the call. Raises on every rank a `ValueError` that names the facts in which ranks differ."
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            self.ring.finish(pending)
+            heard = [x.tolist() for x in self.heard]
+            self.number = self.ring.token = heard[0][1]
+            if len({fingerprint for fingerprint, _ in heard}) > 1:
+                self.ring.complain({"the arguments": "accepted"} | self.facts(), self.words)
+        return self.number
+
+
+def default_group() -> "dist.ProcessGroup | None":
+    "That of all processes, if there is one."
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
+def speaking_device(group: "dist.ProcessGroup | None") -> torch.device:
+    "Where tensors are to lie that are sent to say something: on the CPU, if the group has a backend for it."
+    if (
+        group is None
+        or "cpu" in dist.BackendConfig(dist.Backend(dist.get_backend_config(group))).get_device_backend_map()
+    ):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 # %% ../nbs/08b_sharding.ipynb #199e4e9a
 class Shard(torch.autograd.Function):
     "Take this rank's share; backward, every rank gets the gradient of the whole."
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ring: Ring, layout: str) -> Tensor:
-        ctx.ring, ctx.place = ring, Placement(x.shape[1], ring.size, layout)
-        kept: Tensor = ctx.place.take(x, ring.rank)
-        return kept.clone()
+    def forward(x: Tensor, ring: Ring, layout: str) -> Tensor:
+        share: Tensor = Placement(x.shape[1], ring.size, layout).take(x, ring.rank)
+        return share.clone()
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, *ctx.how = inputs
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.place.join(ctx.ring.gather(grad, "shard_sequence, backward")), None, None
+        return Gather.apply(grad, *ctx.how, "shard_sequence, backward"), None, None  # type: ignore[no-untyped-call]
 
 
 class Gather(torch.autograd.Function):
     "Join all ranks' shares; backward, take this rank's share of the gradient."
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ring: Ring, layout: str) -> Tensor:
-        ctx.rank, ctx.place = ring.rank, Placement(x.shape[1] * ring.size, ring.size, layout)
-        whole: Tensor = ctx.place.join(ring.gather(x, "gather_sequence"))
+    def forward(x: Tensor, ring: Ring, layout: str, words: str) -> Tensor:
+        whole: Tensor = Placement(x.shape[1] * ring.size, ring.size, layout).join(ring.gather(x, words))
         return whole
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, *ctx.how, _ = inputs
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.place.take(grad, ctx.rank).clone(), None, None
+        return Shard.apply(grad, *ctx.how), None, None, None  # type: ignore[no-untyped-call]
 
 # %% ../nbs/08b_sharding.ipynb #2f0c2b4a
 def shard_sequence(
@@ -238,7 +363,7 @@ def gather_sequence(
     """
     ring = Ring(group, ring_size)
     check_split(x.shape[1] * ring.size, ring.size, check_choice("layout", layout, RING_LAYOUTS))
-    whole: Tensor = Gather.apply(x, ring, layout)  # type: ignore[no-untyped-call]
+    whole: Tensor = Gather.apply(x, ring, layout, "gather_sequence")  # type: ignore[no-untyped-call]
     return whole
 
 # %% ../nbs/08b_sharding.ipynb #a276f901

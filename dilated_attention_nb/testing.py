@@ -17,8 +17,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import lru_cache
 from importlib import import_module
@@ -31,6 +31,7 @@ import torch
 from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dilated_attention_nb.config import (
     MIXINGS,
@@ -43,6 +44,8 @@ from dilated_attention_nb.config import (
     check_length,
     check_qkv,
     check_scale,
+    check_unshifted,
+    row_shifts,
 )
 
 # %% ../nbs/01_testing.ipynb #2fedb040
@@ -85,13 +88,62 @@ def _branch_mask(nq: int, nk: int, w: int, r: int, s: int, is_causal: bool) -> B
     return torch.tensor([[attends(i, j, w, r, s, is_causal) for j in range(nk)] for i in queries])
 
 
+@lru_cache(maxsize=128)
+def _shifted_mask(n: int, w: int, r: int, s: int, is_causal: bool, p: int) -> Bool[Tensor, "n n"]:
+    "The same for rows that show places of segments filled up by `p`: what each place sees in its segment."
+    places = [divmod(i, w + p) for i in range(n)]
+    keys = [divmod(j, w) for j in range(n)]
+    return torch.tensor(
+        [[a == b and t % r == u % r == s and (u <= t or not is_causal) for b, u in keys] for a, t in places]
+    )
+
+
 @lru_cache(maxsize=1024)
-def _branch_zeros(nq: int, nk: int, w: int, r: int, s: int) -> Int[Tensor, " nq"]:
-    "The zero keys that fill each query's segment up to `ceil(w / r)` keys; 0 for a query off the grid."
-    keys = [int(row.sum()) for row in _branch_mask(nq, nk, w, r, s, False)]
-    return torch.tensor([ceil(w / r) - found if found else 0 for found in keys])
+def _branch_zeros(nq: int, nk: int, w: int, r: int, s: int, is_causal: bool, p: int) -> Int[Tensor, " nq"]:
+    "The zero keys on each row's grid, of `ceil(w / r)` places, and not after it if causal; 0 in a row without keys."
+    mask = _shifted_mask(nk, w, r, s, is_causal, p) if p else _branch_mask(nq, nk, w, r, s, is_causal)
+    keys, places = mask.sum(1).tolist(), [i % (w + p) for i in range(nk - nq, nk)]
+    every = ceil(w / r)
+    return torch.tensor([(t // r + 1 if is_causal else every) - k if k else 0 for k, t in zip(keys, places)])
+
+# %% ../nbs/01_testing.ipynb #25d5f2f4
+_View = tuple[int, int]  # (w, p) of branches whose rows are shifted alike; (1, 0) of all others
 
 
+def _view_counts(
+    nq: int, nk: int, num_heads: int, segment_lengths: tuple[int, ...], dilation_rates: tuple[int, ...],
+    is_causal: bool, mixing: str, offsets: str, ragged: str,
+) -> tuple[dict[_View, Int[Tensor, "h nq nk"]], Int[Tensor, "h nq"]]:  # fmt: skip
+    "`oracle_counts`, the counts apart for rows that show the same queries."
+    counts = {(1, 0): torch.zeros(num_heads, nq, nk, dtype=torch.int64)}
+    zeros = torch.zeros(num_heads, nq, dtype=torch.int64)
+    for head in range(num_heads):
+        for g, s in branches_of_head(head, num_heads, dilation_rates, mixing, offsets):
+            w, r = min(segment_lengths[g], nk), dilation_rates[g]
+            p = -w % r if ragged == "zeros" and nk > w else 0
+            mask = _shifted_mask(nk, w, r, s, is_causal, p) if p else _branch_mask(nq, nk, w, r, s, is_causal)
+            counts.setdefault((w, p) if p else (1, 0), torch.zeros_like(counts[1, 0]))[head] += mask
+            if ragged == "zeros":
+                zeros[head] += _branch_zeros(nq, nk, w, r, s, is_causal, p)
+    return counts, zeros
+
+
+def _checked_counts(
+    nq: int, nk: int, num_heads: int, segment_lengths: tuple[int, ...], dilation_rates: tuple[int, ...], *,
+    is_causal: bool = False, mixing: str = "groups", offsets: str = "blocked", ragged: str = "error",
+) -> tuple[dict[_View, Int[Tensor, "h nq nk"]], Int[Tensor, "h nq"]]:  # fmt: skip
+    "`_view_counts` of what `oracle_counts` accepts."
+    ws, rs = check_branches(segment_lengths, dilation_rates)
+    check_choice("mixing", mixing, MIXINGS)
+    check_choice("offsets", offsets, OFFSETS)
+    check_choice("ragged", ragged, RAGGED)
+    check_heads(check_int("num_heads", num_heads), len(ws), mixing)
+    check_length(check_int("nk", nk, low=check_int("nq", nq)), ws, ragged)
+    if nq < nk:
+        check_unshifted(nk, ws, rs, ragged, "with fewer queries than keys")
+    return _view_counts(nq, nk, num_heads, ws, rs, is_causal, mixing, offsets, ragged)
+
+# %% ../nbs/01_testing.ipynb #25d5f2f5
 def oracle_counts(
     nq: int,  # queries, at most nk: they are the last positions
     nk: int,  # keys
@@ -104,26 +156,14 @@ def oracle_counts(
     offsets: str = "blocked",
     ragged: str = "error",
 ) -> tuple[Int[Tensor, "h nq nk"], Int[Tensor, "h nq"]]:  # (counts, zeros)
-    """How often each key enters each query's softmax, and how many zero keys do.
+    """How often each key enters each row's softmax, and how many zero keys do.
 
     Raises `ValueError` or `TypeError` for options that no path accepts, and for `nq > nk`.
     LongNet, arXiv:2307.02486, sections 2.2 and 2.3.
     """
-    segment_lengths, dilation_rates = check_branches(segment_lengths, dilation_rates)
-    check_choice("mixing", mixing, MIXINGS)
-    check_choice("offsets", offsets, OFFSETS)
-    check_choice("ragged", ragged, RAGGED)
-    check_heads(check_int("num_heads", num_heads), len(segment_lengths), mixing)
-    check_length(check_int("nk", nk, low=check_int("nq", nq)), segment_lengths, ragged)
-    counts = torch.zeros(num_heads, nq, nk, dtype=torch.int64)
-    zeros = torch.zeros(num_heads, nq, dtype=torch.int64)
-    for head in range(num_heads):
-        for g, s in branches_of_head(head, num_heads, dilation_rates, mixing, offsets):
-            w, r = min(segment_lengths[g], nk), dilation_rates[g]
-            counts[head] += _branch_mask(nq, nk, w, r, s, is_causal)
-            if ragged == "zeros" and not is_causal:
-                zeros[head] += _branch_zeros(nq, nk, w, r, s)
-    return counts, zeros
+    how: dict[str, Any] = dict(is_causal=is_causal, mixing=mixing, offsets=offsets, ragged=ragged)
+    counts, zeros = _checked_counts(nq, nk, num_heads, segment_lengths, dilation_rates, **how)
+    return sum(counts.values(), torch.zeros((), dtype=torch.int64)), zeros
 
 # %% ../nbs/01_testing.ipynb #ef764790
 def _joint_softmax(
@@ -144,17 +184,38 @@ def _joint_softmax(
 
 # %% ../nbs/01_testing.ipynb #9ca7624a
 def _unpadded(
-    counts: Int[Tensor, "h nq nk"], key_padding_mask: Bool[Tensor, "b nk"] | None
-) -> Int[Tensor, "b h nq nk"]:
-    "The counts for each batch row: a padding key counts 0 times."
+    counts: Int[Tensor, "h nq nk"] | dict[_View, Int[Tensor, "h nq nk"]], key_padding_mask: Bool[Tensor, "b nk"] | None
+) -> Int[Tensor, "b h nq keys"]:
+    "The counts for each batch row, of all views side by side: a padding key counts 0 times."
+    views = list(counts.values()) if isinstance(counts, dict) else [counts]
+    every = torch.cat(views, 2)[None]
     if key_padding_mask is None:
-        return counts[None]
-    return counts[None].masked_fill(key_padding_mask.to(counts.device)[:, None, None, :], 0)
+        return every
+    return every.masked_fill(key_padding_mask.to(every.device).repeat(1, len(views))[:, None, None, :], 0)
 
 
 def _repeat_heads(x: Float[Tensor, "b n hk d"], num_heads: int) -> Float[Tensor, "b n h d"]:
     "Key/value head m serves the query heads m * g ... m * g + g - 1."
     return repeat(x, "b n h d -> b n (h g) d", g=num_heads // x.shape[2])
+
+
+def _shown(
+    q: Float[Tensor, "b nq h d"], k: Float[Tensor, "b nk hk d"], v: Float[Tensor, "b nk hk d"], views: Sequence[_View]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v for the counts of all views side by side: the queries that a row shows, each at the width of its keys.
+
+    The keys stand there once for each view, with zeros where the other views' queries are, so that each product is that
+    of the key and the query that the row shows of it. A place behind its segment shows a query of zeros.
+    """
+    if len(views) == 1:
+        return q, k, v
+    queries, keys, (n, d) = [], [], (k.shape[1], k.shape[3])
+    for at, (w, p) in enumerate(views):
+        places = [divmod(i, w + p) for i in range(n - q.shape[1], n)]
+        index = [a * w + t if t < w else n for a, t in places]
+        queries.append(pad(q, (0, 0, 0, 0, 0, 1))[:, index] if p else q)
+        keys.append(pad(k, (at * d, (len(views) - 1 - at) * d)))
+    return torch.cat(queries, 3), torch.cat(keys, 1), v.repeat(1, len(views), 1, 1)
 
 
 def oracle_attention(
@@ -179,9 +240,10 @@ def oracle_attention(
     """
     check_qkv(q, k, v, key_padding_mask)
     options: dict[str, Any] = dict(is_causal=is_causal, mixing=mixing, offsets=offsets, ragged=ragged)
-    counts, zeros = oracle_counts(q.shape[1], k.shape[1], q.shape[2], segment_lengths, dilation_rates, **options)
+    counts, zeros = _checked_counts(q.shape[1], k.shape[1], q.shape[2], segment_lengths, dilation_rates, **options)
     factor = check_scale(scale) or q.shape[3] ** -0.5
     q, k, v = (_repeat_heads(x.to("cpu", torch.float64), q.shape[2]) for x in (q, k, v))
+    q, k, v = _shown(q, k, v, list(counts))
     logits = torch.einsum("bihd,bjhd->bhij", q, k) * factor
     weights, lse = _joint_softmax(logits, _unpadded(counts, key_padding_mask), zeros)
     out = torch.einsum("bhij,bjhd->bihd", weights, v)
@@ -212,7 +274,7 @@ def plain_attention(
     q: Float[Tensor, "b nq h d"],
     k: Float[Tensor, "b nk hk d"],
     v: Float[Tensor, "b nk hk d"],
-    counts: Int[Tensor, "h nq nk"],
+    counts: Int[Tensor, "h nq nk"] | dict[_View, Int[Tensor, "h nq nk"]],  # apart for each view of the queries, or not
     zeros: Int[Tensor, "h nq"],
     *,
     divisor: int = 1,  # the number of branches with mixing="groups"
@@ -221,8 +283,10 @@ def plain_attention(
 ) -> Float[Tensor, "b nq h d"]:
     "What anyone would write: a dense softmax in the dtype of the input, with `log(counts)` added to the logits."
     k, v = (_repeat_heads(x, q.shape[2]) for x in (k, v))
-    logits = torch.einsum("bihd,bjhd->bhij", q, k) * (q.shape[3] ** -0.5 if scale is None else scale)
-    seen = _unpadded(counts.to(q.device), key_padding_mask).double().log().to(q.dtype)
+    factor = q.shape[3] ** -0.5 if scale is None else scale
+    q, k, v = _shown(q, k, v, list(counts) if isinstance(counts, dict) else [(1, 0)])
+    logits = torch.einsum("bihd,bjhd->bhij", q, k) * factor
+    seen = _unpadded(counts, key_padding_mask).to(q.device).double().log().to(q.dtype)
     fill = zeros.to(q.device).double().log().to(q.dtype)[None, :, :, None].expand(len(q), -1, -1, 1)
     logits = torch.cat([logits + seen, fill], dim=-1)  # the zero keys: one more key, with value 0
     empty = (logits == float("-inf")).all(-1, keepdim=True)
@@ -328,7 +392,7 @@ def check_against_oracle(
     Raises `AssertionError` saying which, where, got and allowed, and what `oracle_attention` raises.
     """
     mask = None if key_padding_mask is None else key_padding_mask.cpu()
-    counts, zeros = oracle_counts(q.shape[1], k.shape[1], q.shape[2], segment_lengths, dilation_rates, **options)
+    counts, zeros = _checked_counts(q.shape[1], k.shape[1], q.shape[2], segment_lengths, dilation_rates, **options)
     divisor = len(segment_lengths) if options.get("mixing", "groups") == "groups" else 1
     dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(q)
     inputs, above = [q, k, v], dout if grad else None
@@ -343,7 +407,12 @@ def check_against_oracle(
     exact = _run(oracle, [x.detach().to("cpu", torch.float64) for x in inputs], above)
     got, near = _run(fn, inputs, above), _run(plain, inputs, above)
     seen, factor = _unpadded(counts, mask), q.shape[3] ** -0.5 if scale is None else scale
-    size, terms = _magnitudes(q, k, v, dout, seen, zeros, divisor, factor), sum(q.shape[1:]) + k.shape[1]
+    whole = [x.detach().to("cpu", torch.float64).requires_grad_() for x in inputs]
+    shown = _shown(*whole, list(counts))
+    size, terms = _magnitudes(*shown, dout, seen, zeros, divisor, factor), sum(q.shape[1:]) + seen.shape[3]
+    if len(counts) > 1:  # a query or key that is shown several times adds up all that it takes part in
+        names = ("dq", "dk", "dv")
+        size |= dict(zip(names, torch.autograd.grad(shown, whole, [size[name] for name in names])))
     return {name: assert_within_budget(got[name], exact[name], near[name], size[name], terms, name) for name in exact}
 
 # %% ../nbs/01_testing.ipynb #3fe8826f
@@ -436,6 +505,12 @@ class AttentionCase:
         mask = torch.rand(shape, generator=generator) < 0.3 if self.padded else None
         return {name: getattr(self, name) for name in names} | {"key_padding_mask": mask}
 
+    def unshifted(self, n: int | None = None) -> "AttentionCase":
+        "The case with `n` queries and keys, and `ragged='mask'` where 'zeros' would shift rows, which rings refuse."
+        case = self if n is None else replace(self, nq=n, nk=n)
+        moved = any(row_shifts(case.nk, case.segment_lengths, case.dilation_rates, case.ragged))
+        return replace(case, ragged="mask") if moved else case
+
 
 def attention_cases(
     max_length: int = 40,
@@ -463,9 +538,11 @@ def attention_cases(
         pairs = st.tuples(st.sampled_from(lengths), st.integers(1, 5))
         ws, rs = zip(*draw(st.lists(pairs, min_size=1, max_size=min(3, max_heads))))
         h = draw(st.integers(len(ws) if mixing == "groups" else 1, max_heads))
+        causal, late = pick("is_causal", False, True), not any(row_shifts(nk, ws, rs, ragged))
         return AttentionCase(
-            ws, rs, pick("is_causal", False, True), mixing, pick("offsets", *OFFSETS), ragged, draw(st.integers(1, 2)),
-            draw(st.integers(1, nk)), nk, h, draw(st.sampled_from([m for m in range(1, h + 1) if h % m == 0])),
+            ws, rs, causal, mixing, pick("offsets", *OFFSETS), ragged, draw(st.integers(1, 2)),
+            draw(st.integers(1, nk)) if late else nk, nk, h,
+            draw(st.sampled_from([m for m in range(1, h + 1) if h % m == 0])),
             pick("d", 8, 16), pick("padded", False, True), pick("dtype", *dtypes), pick("seed", *range(5)),
         )  # fmt: skip
 

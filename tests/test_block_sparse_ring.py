@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from test_ring import Counted, Pool, heads_at_a_time, said_by_three
+from test_ring import PATIENCE, Counted, Pool, heads_at_a_time, said_by_three
 
 from dilated_attention_nb.block_sparse import BlockSparseAttention, block_sparse_attention
 from dilated_attention_nb.block_sparse_plan import make_sparse_plan, needed
@@ -312,7 +312,6 @@ def bytes_sent(rank: int, world: int, n: int, cases: list[dict]) -> list[tuple[i
         layer = BlockSparseRingDilatedAttention(c)
         mask = None if mask is None else shard_sequence(mask, None, c.layout)
         q, k, v = (shard_sequence(x, None, c.layout).requires_grad_() for x in inputs)
-        layer(q, k, v, causal, mask)  # ranks compare their arguments the first time only
         with Counted() as forward:
             out = layer(q, k, v, causal, mask)
         with Counted() as backward:
@@ -385,11 +384,11 @@ def four(rank: int, world: int) -> dict:
 
 @pytest.mark.parametrize(("world", "cases"), [(2, CASES), (3, CASES[1:5])])
 def test_two_and_three_ranks(world, cases):
-    held(spawn_gloo(many, world, 192, cases, timeout_s=120.0), 192, cases)
+    held(spawn_gloo(many, world, 192, cases), 192, cases)
 
 
 def test_four_ranks():
-    results = spawn_gloo(four, 4, timeout_s=120.0)
+    results = spawn_gloo(four, 4)
     held([r["whole"] for r in results], 384)
     held([r["rings"] for r in results], 384, RINGS)
     for i, case in enumerate(CASES):  # the bytes that left are those that were predicted
@@ -409,7 +408,7 @@ def test_four_ranks():
 
 @pytest.mark.slow
 def test_eight_ranks():
-    held(spawn_gloo(many, 8, 512, timeout_s=200.0), 512)
+    held(spawn_gloo(many, 8, 512), 512)
 
 
 # ---------------------------------------------------------------- multi-head attention on a ring
@@ -510,7 +509,7 @@ def test_a_rank_that_fails_is_named(tmp_path, how, strategy, where):
     said = said_by_three(tmp_path, how, strategy, where, "sparse")
     for rank in (0, 2):
         assert f"ring attention, {where}, step" in said[rank] and "rank 1 failed" in said[rank], said
-        assert "blocks of ring rank" in said[rank] and float(said[rank].split(" s")[0]) < 4
+        assert float(said[rank].split(" s")[0]) < PATIENCE[how]
 
 
 def test_plans_of_all_ranks_agree():

@@ -54,7 +54,7 @@ def sized(case: AttentionCase, ring_size: int, layout: str) -> AttentionCase:
     "The case at the next length that can be cut."
     parts = ring_size * (2 if layout == "zigzag" else 1)
     n = case.nk * parts if case.ragged == "error" else -(-case.nk // parts) * parts
-    return replace(case, nq=n, nk=n)
+    return case.unshifted(n)
 
 
 @drawn(100)
@@ -263,9 +263,7 @@ def test_without_a_process_group_it_is_one_device():
     expected = dilated_attention(q, k, v, W, R, is_causal=True, mixing="softmax")
     torch.testing.assert_close(layer(q, k, v, True), expected)
     assert torch.equal(shard_sequence(q, layout="zigzag"), q) and torch.equal(gather_sequence(q), q)
-    assert layer.ring() is layer._ring and layer._plans
-    layer._ring.group = object()  # as if it had been used in another group: plans of that rank must not stay
-    assert layer.ring().group is None and not layer._plans
+    assert layer.ring() is layer._ring and layer._plans and layer.group is layer.ring().group is None
     twin = copy.deepcopy(layer)
     assert twin.config is layer.config and torch.equal(twin(q, k, v), layer(q, k, v))
     assert "softmax" in repr(layer)
@@ -348,7 +346,7 @@ CASES = [
     dict(mixing="softmax", offsets="interleaved", is_causal=True, dtype=torch.bfloat16, strategy="ring"),
     dict(mixing="softmax", offsets="interleaved", layout="zigzag", kv_heads=1, dtype=torch.float16, block_size=5),
     dict(lengths=(10, 36, 100), rates=(1, 4, 3), ragged="mask", mixing="softmax", is_causal=True, padded=True),
-    dict(lengths=(10, 36), rates=(3, 2), ragged="zeros", layout="zigzag", padded=True, strategy="ring"),
+    dict(lengths=(9, 36), rates=(3, 2), ragged="zeros", layout="zigzag", padded=True, strategy="ring"),
 ]
 
 
@@ -373,7 +371,9 @@ class Counted:
         return self
 
     def count(self, ops):
-        self.sent += sum(op.tensor.nbytes for op in ops if op.op is dist.isend)
+        told = [op for op in ops if op.tensor.dtype == torch.int64]  # fingerprints, by which ranks compare their calls
+        assert all(op.tensor.nbytes == 16 for op in told)
+        self.sent += sum(op.tensor.nbytes for op in ops if op.op is dist.isend and op not in told)
         return self.real(ops)
 
     def __exit__(self, *_):
@@ -403,7 +403,6 @@ def bytes_sent(rank: int, world: int, cases: list[dict]) -> list[tuple[int, int]
         mask = attention.options()["key_padding_mask"]
         mask = None if mask is None else shard_sequence(mask, *cut)
         q, k, v = (shard_sequence(x, *cut).requires_grad_() for x in attention.qkv())
-        layer(q, k, v, attention.is_causal, mask)  # ranks compare their arguments the first time only
         with Counted() as forward:
             out = layer(q, k, v, attention.is_causal, mask)
         with Counted() as backward:
@@ -505,7 +504,7 @@ def test_one_rank():
 
 @pytest.mark.parametrize("world", (pytest.param(2, marks=pytest.mark.slow), 3))
 def test_two_and_three_ranks(world):
-    held(spawn_gloo(many, world, CASES, timeout_s=120.0), CASES)
+    held(spawn_gloo(many, world, CASES), CASES)
 
 
 def four(rank: int, world: int) -> dict:
@@ -531,7 +530,7 @@ def subgroup(rank: int):
 
 
 def test_four_ranks():
-    results = spawn_gloo(four, 4, timeout_s=120.0)
+    results = spawn_gloo(four, 4)
     held([r["whole"] for r in results], CASES)
     rings = [case for _ in (1, 2) for case in CASES[1:4]]
     held([r["rings"] for r in results], rings)
@@ -570,20 +569,24 @@ def test_four_ranks():
 def test_eight_ranks():
     cases = [case | {"lengths": (6, 24, 48)} for case in CASES[:7]] + CASES[7:]
     cases = [case for case in cases if 48 % (16 if case.get("layout") == "zigzag" else 8) == 0]
-    held(spawn_gloo(many, 8, cases, timeout_s=200.0), cases)
+    held(spawn_gloo(many, 8, cases), cases)
 
 
 # ---------------------------------------------------------------- when a process fails
 
 
+PATIENCE = {"die": 300, "stall": 10}  # seconds
+
+
 def failing(rank: int, world: int, store: str, how: str, strategy: str, where: str, kind: str = "dilated") -> str:
-    "Rank 1 dies or stalls in a group with a time-out of two seconds; what the others say, and after how long."
+    """Rank 1 dies, or stalls until the others are done; what these say, and after how long.
+
+    A death is seen long before the group's time-out, which is longer than a busy machine makes anybody wait.
+    """
     os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
-    patience = timedelta(seconds=2)
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=60)
-    )
-    dist.barrier()  # all have started
+    patience = timedelta(seconds=PATIENCE[how])
+    kept = dist.FileStore(store, world)
+    dist.init_process_group("gloo", store=kept, rank=rank, world_size=world, timeout=timedelta(seconds=600))
     group = dist.new_group(list(range(world)), timeout=patience)
     if kind == "sparse":
         sparse = BlockSparseRingConfig((48,), (1,), pattern_type="random", block_size=16, strategy=strategy)
@@ -591,12 +594,12 @@ def failing(rank: int, world: int, store: str, how: str, strategy: str, where: s
     else:
         layer = RingDilatedAttention(config((48,), (1,), strategy=strategy), group)
     q, k, v = (shard_sequence(x, group).requires_grad_() for x in make_qkv(1, 48, 2, 8))
+    dist.barrier()  # all have started
     out = layer(q, k, v)
     begin = time.monotonic()
     if rank == 1:
-        if how == "die":
-            os._exit(3)
-        time.sleep(5)
+        if how == "stall":
+            kept.wait([f"done {other}" for other in (0, 2)], timedelta(seconds=600))
         os._exit(3)
     try:
         if where == "forward":
@@ -604,6 +607,7 @@ def failing(rank: int, world: int, store: str, how: str, strategy: str, where: s
         else:
             out.sum().backward()
     except RuntimeError as error:
+        kept.set(f"done {rank}", "")
         return f"{time.monotonic() - begin:.1f} s: {error}"
     return "nothing happened"
 
@@ -621,7 +625,7 @@ def said_by_three(tmp_path, *args: str) -> list[str]:
         for rank in range(3)
     ]  # fmt: skip
     try:
-        return [process.communicate(timeout=60)[0] for process in processes]
+        return [process.communicate(timeout=900)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -636,7 +640,7 @@ def test_a_rank_that_fails_is_named(tmp_path, how, strategy, where):
     said = said_by_three(tmp_path, how, strategy, where)
     for rank in (0, 2):
         assert f"ring attention, {where}, step 1" in said[rank] and "rank 1 failed" in said[rank], said
-        assert float(said[rank].split(" s")[0]) < (2 if how == "die" else 4)
+        assert (float(said[rank].split(" s")[0]) < PATIENCE[how]) == (how == "die")
 
 
 # ---------------------------------------------------------------- memory
