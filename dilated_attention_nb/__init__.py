@@ -217,7 +217,6 @@ if TYPE_CHECKING:
         block_shares as block_shares,
         pooled as pooled,
         scorer_loss as scorer_loss,
-        some_rows as some_rows,
     )
     from dilated_attention_nb import sharding as sharding
     from dilated_attention_nb.sharding import (
@@ -630,7 +629,6 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "block_shares",
         "pooled",
         "scorer_loss",
-        "some_rows",
     ),
     "sharding": (
         "gather_sequence",
@@ -1136,7 +1134,6 @@ __all__ = [
     "single_losses",
     "slide_segment_lengths",
     "smoothed",
-    "some_rows",
     "spawn_gloo",
     "stage_layers",
     "stage_of",
