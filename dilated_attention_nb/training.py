@@ -923,13 +923,13 @@ def check_unfinished(run: Path) -> None:
 
 
 def _resumed_step(
-    run: Path, config: TrainingConfig, model: LongNet, optimizers: Sequence[torch.optim.Optimizer]
+    run: Path, config: TrainingConfig, model: LongNet, optimizers: Sequence[torch.optim.Optimizer], speaks: bool
 ) -> int:
     "The step of the checkpoint, if there is one, which is put into model and optimizers; else 0."
     path = run / "checkpoint.safetensors"
     if path.exists():
         return load_checkpoint(path, config, model, optimizers)
-    if rows := read_metrics(run):
+    if (rows := read_metrics(run)) and speaks:
         print(f"note: {len(rows)} rows of metrics, but no {path}: the run begins again at step 0", file=sys.stderr)
     return 0
 
@@ -958,7 +958,7 @@ def demo(argv: Sequence[str] | None = None) -> int:  # the exit status: 0, 2 for
             team.agreed(lambda: check_unfinished(_owned_run(run, stack)))
             model = make_model(config)
             optimizers = make_optimizers(model, config)
-            step = _resumed_step(run, config, model, optimizers)
+            step = _resumed_step(run, config, model, optimizers, team.first)
             if team.first:
                 _announce(run, config, corpus, team.size)
             step = train(run, config, corpus, model, optimizers, step, noted, team=team)
