@@ -217,7 +217,6 @@ if TYPE_CHECKING:
         block_shares as block_shares,
         pooled as pooled,
         scorer_loss as scorer_loss,
-        some_rows as some_rows,
     )
     from dilated_attention_nb import sharding as sharding
     from dilated_attention_nb.sharding import (
@@ -333,6 +332,7 @@ if TYPE_CHECKING:
     from dilated_attention_nb import interop as interop
     from dilated_attention_nb.interop import (
         DilatedMHA as DilatedMHA,
+        check_dilated as check_dilated,
         register_with_transformers as register_with_transformers,
         replace_attention as replace_attention,
     )
@@ -629,7 +629,6 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "block_shares",
         "pooled",
         "scorer_loss",
-        "some_rows",
     ),
     "sharding": (
         "gather_sequence",
@@ -736,6 +735,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     ),
     "interop": (
         "DilatedMHA",
+        "check_dilated",
         "register_with_transformers",
         "replace_attention",
     ),
@@ -974,6 +974,7 @@ __all__ = [
     "check_choice",
     "check_config",
     "check_device",
+    "check_dilated",
     "check_drawing",
     "check_dropout",
     "check_dtype",
@@ -1133,7 +1134,6 @@ __all__ = [
     "single_losses",
     "slide_segment_lengths",
     "smoothed",
-    "some_rows",
     "spawn_gloo",
     "stage_layers",
     "stage_of",
