@@ -332,6 +332,7 @@ if TYPE_CHECKING:
     from dilated_attention_nb import interop as interop
     from dilated_attention_nb.interop import (
         DilatedMHA as DilatedMHA,
+        check_dilated as check_dilated,
         register_with_transformers as register_with_transformers,
         replace_attention as replace_attention,
     )
@@ -345,7 +346,7 @@ if TYPE_CHECKING:
         SEPARATOR as SEPARATOR,
         SKIPPED as SKIPPED,
         STAGES as STAGES,
-        Stopped as Stopped,
+        StoppedError as StoppedError,
         TrainingConfig as TrainingConfig,
         VOCAB as VOCAB,
         autocast as autocast,
@@ -734,6 +735,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     ),
     "interop": (
         "DilatedMHA",
+        "check_dilated",
         "register_with_transformers",
         "replace_attention",
     ),
@@ -746,7 +748,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "SEPARATOR",
         "SKIPPED",
         "STAGES",
-        "Stopped",
+        "StoppedError",
         "TrainingConfig",
         "VOCAB",
         "autocast",
@@ -926,7 +928,7 @@ __all__ = [
     "STYLE",
     "SavedTensors",
     "SparseAttentionConfig",
-    "Stopped",
+    "StoppedError",
     "Team",
     "TensorFile",
     "Tile",
@@ -972,6 +974,7 @@ __all__ = [
     "check_choice",
     "check_config",
     "check_device",
+    "check_dilated",
     "check_drawing",
     "check_dropout",
     "check_dtype",

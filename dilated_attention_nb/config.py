@@ -75,7 +75,7 @@ def check_number(name: str, value: Any) -> float:
         number = float(value)
     except OverflowError:  # an integer beyond the largest float
         number = math.inf
-    if not math.isfinite(number):
+    if not -math.inf < number < math.inf:  # NaN is not; math.isfinite stops torch.compile
         raise ValueError(complaint(name, "be finite", _shortened(value), "pass a finite number"))
     return number
 

@@ -139,8 +139,8 @@ class DilatedAttention(ConfiguredModule):
         return dropout(out, c.dropout, self.training)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, mask: Tensor | None) -> Tensor:
-        "One tile after the other."
-        c = self.config
+        "One tile after the other. Loops over tiles are unrolled when traced: `range` fixes lengths that may vary."
+        c, _ = self.config, [len(range(size)) for size in (*q.shape[1:], *k.shape[1:3])]
         check_length(k.shape[1], c.segment_lengths, c.ragged)
         if q.shape[1] < k.shape[1]:
             check_unshifted(k.shape[1], c.segment_lengths, c.dilation_rates, c.ragged, "with fewer queries than keys")

@@ -215,3 +215,13 @@ def test_attend_says_which_backend_has_a_second_derivative():
             first.sum().backward()
     first = torch.autograd.grad(attend(q, k, v, backend="math")[0].square().sum(), q, create_graph=True)[0]
     first.sum().backward()
+
+
+def test_the_readable_form_compiles_with_lengths_that_vary():
+    "For each length anew, as its loops are unrolled."
+    torch._dynamo.reset()
+    module = DilatedAttention(CONFIG)
+    compiled = torch.compile(module, backend="eager", fullgraph=True, dynamic=True)
+    for n in (8, 12):
+        x = make_qkv(1, n, 4, 8)
+        assert torch.allclose(compiled(*x, True), module(*x, True), atol=1e-6)
