@@ -102,6 +102,34 @@ def test_loss_and_gradients_do_not_know_that_the_sequence_is_cut():
     assert not torch.equal(found[0]["zigzag"]["positions"], found[0]["contiguous"]["positions"])
 
 
+def padded_worker(rank, world, model, tokens, targets, mask):
+    "Loss and gradients with padding; and what is said where it stands before tokens on one rank."
+    learner = share_in_ring(model)
+    loss = learner(tokens, targets, mask)
+    loss.backward()
+    try:
+        learner(tokens, targets, mask.flip(1) if rank else mask)
+        said = "nothing"
+    except ValueError as error:
+        said = str(error)
+    return loss.item(), {name: p.grad for name, p in model.named_parameters()}, said
+
+
+def test_padding_at_the_end_is_left_out_as_on_one_device_and_refused_elsewhere():
+    torch.manual_seed(0)
+    model = LongNet(longnet_tiny(tie_embeddings=False)).double()
+    tokens, targets = batches(1, 2)[0][:, :-1], batches(1, 2)[0][:, 1:]
+    mask = torch.arange(128) >= torch.tensor([[128], [77]])
+    found = spawn_gloo(padded_worker, 2, copy.deepcopy(model), tokens, targets, mask)
+    loss = model(tokens, targets, key_padding_mask=mask)
+    loss.backward()
+    for value, grads, said in found:
+        assert abs(value - loss.item()) < 1e-12
+        for name, p in model.named_parameters():
+            assert (grads[name] - p.grad).abs().max() <= 1e-11 * p.grad.abs().max(), name
+        assert "key_padding_mask must be True at the end of rows only" in said and "on rank 1; call all" in said
+
+
 def part_worker(rank, world, q, k, v, dout, cases):
     "This rank has some of the heads, on a ring of its own."
     heads, kv = q.shape[2] // world, k.shape[2] // world
