@@ -209,11 +209,10 @@ class MeanLoss(nn.Module):
         key_padding_mask: Bool[Tensor, "b n"] | None = None,  # True is padding, at the end of rows
     ) -> Float[Tensor, ""]:
         "The mean loss in nats, the same on all ranks. Its gradients are right once averaged over them."
-        with Ring(self._given()).refusing_together():
-            targets = without_padding(targets, key_padding_mask)
-        count = (targets != -100).sum().clamp(min=1)
-        group = self._given()
-        share = self.module(tokens, targets).sum() * ring_size(group) / count
+        group, padding = self._given(), () if key_padding_mask is None else (key_padding_mask,)
+        losses = self.module(tokens, targets, *padding)  # refuses together what it refuses
+        count = (without_padding(targets, key_padding_mask) != -100).sum().clamp(min=1)
+        share = losses.sum() * ring_size(group) / count
         mean: Tensor = MeanOverRanks.apply(share, group)  # type: ignore[no-untyped-call]
         return mean
 
