@@ -237,12 +237,53 @@ def million() -> dict[str, Any]:
     return about | {"segment_lengths": LENGTHS, "dilation_rates": RATES, "rows": rows}
 
 
+PACKED = (  # documents, shortest, longest, heads, head_dim, segment lengths, dilation rates
+    (1000, 1, 64, 4, 16, (16, 64), (1, 4)),
+    (1000, 1, 64, 12, 64, (16, 64), (1, 4)),
+    (1000, 16, 256, 4, 16, (16, 64), (1, 4)),
+    (1000, 16, 256, 8, 32, (64, 256, 1024), (1, 2, 4)),
+    (100, 500, 1500, 4, 16, (64, 256, 1024), (1, 2, 4)),
+)
+
+
+def packed() -> dict[str, Any]:
+    "Packed documents of random lengths against their tokens in one sequence: float32, time of the processor."
+    from dilated_attention_nb.improved import dilated_attention
+
+    rows = []
+    for documents, low, high, heads, d, ws, rs in PACKED:
+        lengths = torch.randint(low, high + 1, (documents,), generator=torch.Generator().manual_seed(0))
+        ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        leaves = [torch.randn(1, int(ends[-1]), heads, d, requires_grad=True) for _ in range(3)]
+        about = {"documents": documents, "shortest": low, "longest": high, "heads": heads, "head_dim": d}
+        for mixing in ("softmax", "groups"):
+            for causal in (True, False):
+
+                def run(
+                    cu: Any, x: Any = leaves, ws: Any = ws, rs: Any = rs, mixing: Any = mixing, c: bool = causal
+                ) -> Any:
+                    return dilated_attention(*x, ws, rs, is_causal=c, mixing=mixing, ragged="mask", cu_seqlens=cu)
+
+                def both(cu: Any, run: Any = run, x: Any = leaves) -> None:
+                    torch.autograd.grad(run(cu), x, x[0].detach())
+
+                for what, f in (("forward", torch.no_grad()(run)), ("forward+backward", both)):
+                    runs = {"packed": lambda f=f, ends=ends: f(ends), "one": lambda f=f: f(None)}
+                    seconds = in_turn(runs, 5, clock=time.process_time)
+                    row = about | {"segment_lengths": ws, "dilation_rates": rs, "mixing": mixing, "causal": causal}
+                    row |= {"what": what, "ratio": ratio(seconds, "packed", "one")}
+                    rows.append(row | {f"{name}_ms": t * 1e3 for name, t in medians(seconds).items()})
+                    print(rows[-1], flush=True)
+    return {"rows": rows}
+
+
 SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "causal_mask": causal_mask,
     "floor": floor,
     "small": small,
     "dense": dense,
     "million": million,
+    "packed": packed,
 }
 
 

@@ -244,8 +244,8 @@ class _Branch:
         n, r = k.shape[1], self.r
         self.segment, inside = divmod(first, self.w)
         if mask is not None and not self.masks:
-            slots = self.k.shape[0], self.k.shape[2]
-            self.masks = {s: torch.zeros(slots, dtype=torch.bool, device=k.device) for s in self.runs}
+            size = self.k.shape[0], self.k.shape[2]
+            self.masks = {s: torch.zeros(size, dtype=torch.bool, device=k.device) for s in self.runs}
         for s, runs in self.runs.items():
             skip = (s - inside) % r
             if skip < n:

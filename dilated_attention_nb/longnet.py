@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import register_flop_formula
 
 from dilated_attention_nb.config import (
     BACKENDS,
@@ -59,6 +58,7 @@ from dilated_attention_nb.multihead import (
     resolve_kind,
     takes_documents,
 )
+from .partial import count_operations
 
 # %% ../nbs/12_longnet.ipynb #5c75ec12
 POSITIONS = ("xpos", "rope", "none")
@@ -378,7 +378,7 @@ class LayerStack(ConfiguredModule):
         self.config = check_config("config", config, LongNetConfig)
         self.layers = nn.ModuleList(LongNetLayer(config, depth) for depth in range(config.num_layers))
         last = nn.LayerNorm(config.embed_dim, config.layer_norm_eps) if config.normalize_output else nn.Identity()
-        self.layer_norm = last
+        self.layer_norm: Any = last
 
     @property
     def num_layers(self) -> int:
@@ -514,7 +514,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, dlosses: Tensor, _: Any) -> tuple[Tensor, Tensor, None, None]:
+def _losses_backward(ctx: Any, dlosses: Tensor, _: Any) -> tuple[Tensor, Tensor, None, None]:
     "With create_graph=True in operations that have derivatives themselves, of all logits at once."
     if not torch.is_grad_enabled():
         return *losses_backward_op(dlosses, *ctx.saved_tensors, ctx.ignored), None, None
@@ -526,19 +526,21 @@ def _backward(ctx: Any, dlosses: Tensor, _: Any) -> tuple[Tensor, Tensor, None, 
     return dlogits @ weight, (dlogits.T @ x).to(weight.dtype), None, None
 
 
-losses_op.register_autograd(_backward, setup_context=_save)
+losses_op.register_autograd(_losses_backward, setup_context=_save)
 
 
-@register_flop_formula(torch.ops.dilated_attention_nb.token_losses)
-def _flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+def _operations(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
     "Of the product with the head."
-    return 2 * int(x[0]) * int(weight[0]) * int(weight[1])
+    return 2 * x.shape[0] * weight.numel()
 
 
-@register_flop_formula(torch.ops.dilated_attention_nb.token_losses_backward)
-def _backward_flops(dlosses: Any, x: Any, weight: Any, *_: Any, **__: Any) -> int:
+def _backward_operations(dlosses: Tensor, x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
     "The logits again, and two gradients."
-    return 3 * _flops(x, weight)
+    return 3 * _operations(x, weight)
+
+
+_ours = torch.ops.dilated_attention_nb
+count_operations({_ours.token_losses: _operations, _ours.token_losses_backward: _backward_operations})
 
 # %% ../nbs/12_longnet.ipynb #0e730884
 def token_losses(
@@ -568,7 +570,8 @@ def token_losses(
         losses = F.cross_entropy((rows @ weight.T).to(wide), wanted, ignore_index=ignore_index, reduction="none")
     else:
         losses = losses_op(rows, weight, wanted, ignore_index)[0]
-    return losses.view(targets.shape)
+    out: Tensor = losses.view(targets.shape)
+    return out
 
 
 def _transformed(*tensors: Tensor) -> bool:
@@ -602,26 +605,27 @@ def check_tokens(
         if low < 0 or high >= vocab_size:
             rule = f"be {'' if ignored is None else f'{ignored} or '}in [0, {vocab_size})"
             raise ValueError(complaint(name, rule, low if low < 0 else high, "is it another tokenizer's?"))
-    return x
+    checked: Tensor = x
+    return checked
 
 
 @lru_cache(maxsize=1024)
-def _twin_class(cls: type[nn.Module]) -> type[nn.Module]:
+def _twin_class(cls: Any) -> Any:
     "A `cls` that shares everything with a module of that class, except that it evaluates, and its children too."
 
-    def __getattr__(self: Any, name: str) -> Any:
+    def child(self: Any, name: str) -> Any:
         twins = object.__getattribute__(self, "_modules")
         return twins[name] if name in twins else super(twin, self).__getattr__(name)
 
-    def __eq__(self: Any, other: Any) -> bool:
+    def same(self: Any, other: Any) -> bool:
         return getattr(other, "source", other) is self.source
 
     body = {
-        "__slots__": ("_modules", "source"), "__getattr__": __getattr__, "twin_of": cls, "__module__": cls.__module__,
+        "__slots__": ("_modules", "source"), "__getattr__": child, "twin_of": cls, "__module__": cls.__module__,
         "training": property(lambda self: False), "_compiled_call_impl": property(lambda self: None),
-        "__eq__": __eq__, "__hash__": lambda self: hash(self.source),  # FSDP looks its state up
+        "__eq__": same, "__hash__": lambda self: hash(self.source),  # FSDP looks its state up
     }  # fmt: skip
-    twin = type(cls.__name__, (cls,), body)
+    twin: Any = type(cls.__name__, (cls,), body)
     return twin
 
 
@@ -633,7 +637,8 @@ def evaluating(module: Any) -> Any:
     module = getattr(module, "_orig_mod", module)  # what torch.compile was given
     if not isinstance(module, nn.Module) or not any(part.training for part in module.modules()):
         return module
-    twin = object.__new__(_twin_class(type(module)))
+    cls: Any = type(module)
+    twin = object.__new__(_twin_class(cls))
     object.__setattr__(twin, "__dict__", vars(module))
     children = {name: evaluating(child) for name, child in vars(module)["_modules"].items()}
     slots: Any = type(twin)
@@ -653,7 +658,7 @@ def called_losses(
     x: Float[Tensor, "b n e"],
     head: Callable[[Tensor], Tensor],  # to logits
     targets: Int[Tensor, "b n"],  # -100 costs nothing
-    vocab_size: int,
+    vocab_size: int | None,
 ) -> Float[Tensor, "b n"]:
     "`token_losses` of whatever stands for a head: it is called, some tokens at a time, and again in the backward pass."
 
@@ -663,7 +668,7 @@ def called_losses(
         return F.cross_entropy(logits.to(wide).flatten(0, 1), wanted.flatten(), reduction="none")
 
     rows, wanted = x.reshape(1, -1, x.shape[-1]), targets.reshape(1, -1).long()
-    count = max(1, _LOGITS // vocab_size)
+    count = max(1, _LOGITS // (vocab_size or 2**16))
     if torch.compiler.is_compiling() or rows.shape[1] <= count:  # the compiler decides itself what it keeps
         return losses(rows, wanted).view(targets.shape)
     parts = zip(rows.split(count, 1), wanted.split(count, 1))
@@ -681,10 +686,10 @@ def head_logits(head: nn.Module | None, table: Any) -> Callable[[Tensor], Tensor
 
 def head_losses(
     x: Float[Tensor, "b n e"],
-    head: nn.Module | None,  # None: the table is the head
-    table: nn.Module | None,  # of embeddings
+    head: Any,  # a module, or None: the table is the head
+    table: Any,  # of embeddings
     targets: Int[Tensor, "b n"],  # -100 costs nothing
-    vocab_size: int,
+    vocab_size: int | None,  # about: it says how many logits are made at a time
 ) -> Float[Tensor, "b n"]:
     "In one operator if the head is a plain product; whatever else stands there is called."
     logits = head_logits(head, table)
@@ -722,7 +727,8 @@ class LongNet(ConfiguredModule):
     @property
     def vocab_size(self) -> int:
         "Of the embeddings that are there, which may have been replaced."
-        return int(getattr(self.embed_tokens, "num_embeddings", self.config.vocab_size))
+        size: Any = getattr(self.embed_tokens, "num_embeddings", self.config.vocab_size)
+        return int(size)
 
     def forward(
         self,
@@ -752,7 +758,10 @@ class LongNet(ConfiguredModule):
             return entry.leave(self.logits(x))
         targets = self._wanted(entry, tokens, targets, key_padding_mask)
         losses = self.losses(x, targets)
-        return entry.leave(losses) if reduction == "none" else losses.sum() / (targets != -100).sum().clamp(min=1)
+        if reduction == "none":
+            return entry.leave(losses)
+        mean: Tensor = losses.sum() / (targets != -100).sum().clamp(min=1)
+        return mean
 
     def _entered(self, tokens: Any, key_padding_mask: Any, cache: Any, cu_seqlens: Any) -> Entry:
         "Tokens, checked, without their padding."
@@ -771,10 +780,14 @@ class LongNet(ConfiguredModule):
         check_home("targets", targets, entry.x)
         if entry.packing is not None:
             targets = entry.packing.unpad(targets)
-        return targets if entry.real is None else targets.where(entry.real, -100)
+        if entry.real is not None:
+            targets = targets.where(entry.real, -100)
+        wanted: Tensor = targets
+        return wanted
 
     def _targets_below(self) -> int:
-        return int(getattr(self.output_projection, "out_features", self.vocab_size))
+        size: Any = getattr(self.output_projection, "out_features", self.vocab_size)
+        return int(size)
 
     def logits(self, x: Float[Tensor, "b n e"]) -> Float[Tensor, "b n vocab"]:
         "What the head makes of `hidden` states."
@@ -824,7 +837,7 @@ class LongNetEncoder(LayerStack):
     def _entered(self, x: Any, key_padding_mask: Any, cache: Any, cu_seqlens: Any) -> Entry:
         "Embeddings, or those of tokens, checked, without their padding. Raises `ValueError` or `TypeError`."
         if isinstance(x, Tensor) and not x.is_floating_point() and self.embed_tokens is not None:
-            size = getattr(self.embed_tokens, "num_embeddings", self.config.vocab_size)
+            size: Any = getattr(self.embed_tokens, "num_embeddings", self.config.vocab_size)
             x = check_tokens("x", x, size, padding=key_padding_mask)
             _check_cache(cache, self.config, x)
             entry = Entry.of(x, key_padding_mask, cache, cu_seqlens, self.layers).embedded(self.embed_tokens)

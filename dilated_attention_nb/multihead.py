@@ -284,7 +284,8 @@ class MultiheadDilatedAttention(ConfiguredModule):
 
     def reset_parameters(self) -> None:
         "Of the projections, by `magneto_init` with gain `gamma_init` for values and output, and of the LayerNorm."
-        for part in (*self._projections(), self.inner_attn_ln):
+        parts: tuple[Any, ...] = *self._projections(), self.inner_attn_ln
+        for part in parts:
             if hasattr(part, "reset_parameters"):
                 part.reset_parameters()
 
@@ -346,7 +347,7 @@ class MultiheadDilatedAttention(ConfiguredModule):
             rule = "be False on a ring of several ranks"
             raise ValueError(complaint("need_weights", rule, True, "gather the sequence and ask one device"))
 
-    def _check_input(self, name: str, x: Any, projection: nn.Module) -> None:
+    def _check_input(self, name: str, x: Any, projection: Any) -> None:
         width = self.config.embed_dim
         if not isinstance(x, Tensor):
             raise TypeError(complaint(name, "be a tensor [batch, seq, embed_dim]", type(x).__name__, "pass a tensor"))

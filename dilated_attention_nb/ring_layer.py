@@ -28,11 +28,11 @@ from .memory_pool import UnifiedMemoryPool
 from .partial import cast_like_autocast, resolve_backend
 from .ring_moves import Buffers, Call, Event, Plan, Traffic, count_traffic
 from .ring_schedule import Attention, Runner, Schedule, Steps, Together
-from .sharding import GroupRef, Ring, default_group, gather_sequence, shard_sequence, stamp
+from .sharding import GroupRef, Ring, Vote, default_group, gather_sequence, shard_sequence, stamp
 
 # %% ../nbs/08e_ring_layer.ipynb #1937aa16
-def run_apart(ring: Ring, schedule: Steps, tag: int) -> Any:
-    "Run this rank's schedule over real messages."
+def run_apart(ring: Ring, schedule: Steps, tag: int, vote: Vote) -> Any:
+    "Run this rank's schedule over real messages, which nobody uses before all are known to be called alike."
     pending: list[tuple[Any, str]] = []
     while True:
         try:
@@ -40,10 +40,12 @@ def run_apart(ring: Ring, schedule: Steps, tag: int) -> Any:
         except StopIteration as end:
             return end.value
         if exchange is None:
+            vote.settle()
             ring.finish(pending)
         else:
             pending = ring.start(exchange, tag)
             if not ring.overlap:
+                vote.settle()
                 ring.finish(pending)
                 pending = []
 
@@ -72,24 +74,43 @@ class Apart(Runner):
     "Runs the share of this rank, with its neighbours in other processes."
 
     def __init__(
-        self, ring: Ring, workers: Sequence[Schedule], use_tf32: bool, dtype: torch.dtype, facts: Facts, number: int
+        self, ring: Ring, workers: Sequence[Schedule], use_tf32: bool, dtype: torch.dtype, facts: Facts, vote: Vote
     ) -> None:
         super().__init__([worker.call for worker in workers], use_tf32)
         self.ring, self.workers, self.dtype = ring, workers, dtype
-        self.facts, self.number = facts, number  # of the call
+        self.facts, self.vote = facts, vote  # of the call
+        self.number = 0  # of the call, once it was agreed on
+
+    def forward(self, *tensors: Any) -> tuple[Tensor, Tensor, dict[Any, Tensor]]:
+        "Merged out and lse, and the parcels that are kept. Raises on all ranks if they were not called alike."
+        found = super().forward(*tensors)
+        self.number = self.vote.settle()
+        return found
 
     def backward(self, dout: Tensor, *saved: Any) -> list[Tensor]:
         "dq, dk, dv. Raises on all ranks if some of them go back through another call, or do something else."
-        self.ring.agree(*self.facts.backward(self.number))
+        self.vote = ask(self.ring, dout, *self.facts.backward(self.number))
         return super().backward(dout, *saved)
 
     def run(self, at: int, name: str, *tensors: Any) -> Any:
         worker = self.workers[at]
         try:
-            return run_apart(self.ring, getattr(worker, name)(*tensors), stamp(worker.call, self.dtype))
+            tag = stamp(worker.call, self.dtype, name, self.vote.token)
+            return run_apart(self.ring, getattr(worker, name)(*tensors), tag, self.vote)
         finally:
             if isinstance(worker.buffers, Buffers):
                 worker.buffers.free.clear()
+
+
+def ask(ring: Ring, x: Tensor, *question: Any) -> Vote:
+    """Begin to compare a call with those of the other ranks.
+
+    The first of a ring, and one on a GPU, wait for the answer: messages have no tag yet, NCCL's never have one.
+    """
+    vote = Vote(ring, *question)
+    if ring.token == 0 or x.device.type != "cpu":
+        vote.token = vote.settle()
+    return vote
 
 
 def bounded(cache: dict[Any, Any], size: int = 16) -> dict[Any, Any]:
@@ -176,9 +197,13 @@ class RingLayer(ConfiguredModule):
         masked = key_padding_mask is not None
         wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         facts = self.facts(q, k, is_causal, masked, wanted)
-        number = ring.agree(*facts.forward())
+        vote = ask(ring, q, *facts.forward())
         shape = (q.shape[0], q.shape[1] * ring.size, *q.shape[2:])
-        call = self.make_call(ring.size, shape, k.shape[2], masked, is_causal)
+        try:
+            call = self.make_call(ring.size, shape, k.shape[2], masked, is_causal)
+        except ValueError:
+            vote.settle()
+            raise
         if call not in self._plans:
             calls = call.portions(q.device, q.dtype)
             found = [plans[0] for plans in self.make_plans(calls, [ring.rank])]
@@ -191,7 +216,7 @@ class RingLayer(ConfiguredModule):
         backend, scale = resolve_backend("auto", q, masked), q.shape[3] ** -0.5
         workers = [self.make_schedule(*planned, scale, backend, **options) for planned in self._plans[call]]
         self._meters = [worker.meter for worker in workers]
-        apart = Apart(ring, workers, c.use_tf32, q.dtype, facts, number)
+        apart = Apart(ring, workers, c.use_tf32, q.dtype, facts, vote)
         out, *_ = Attention.apply(q, k, v, key_padding_mask, apart)  # type: ignore[no-untyped-call]
         self._saved = held(workers, q, k, v, key_padding_mask) if wanted else {"saved": 0, "received": 0}
         return dropout(out, c.dropout, self.training)

@@ -159,6 +159,7 @@ class Ring:
         self.size, self.rank, first = size, me % size, me - me % size
         self.ranks = [r if alone else dist.get_global_rank(ref(), first + r) for r in range(size)]
         self.device = speaking_device(ref.there)
+        self.token = 0  # the number of the last call, which all ranks know: no two calls use the same in their tags
 
     @property
     def group(self) -> Any:  # a ProcessGroup, or None
@@ -205,15 +206,20 @@ class Ring:
                     f"{words} {waited}; did that rank die, stall or call something else? {error}"
                 ) from error
 
-    def exchange(self, x: Tensor, words: str, tag: int) -> list[Tensor]:
-        "The tensors of this shape and dtype of all ranks."
+    def post(self, x: Tensor, words: str, tag: int) -> tuple[list[Tensor], list[tuple[Any, str]]]:
+        "The tensors of this shape and dtype of all ranks, and what to wait for until they are there."
         x = x.contiguous()
         tensors = [x if r == self.rank else torch.empty_like(x) for r in range(self.size)]
         raw = [y.view(torch.uint8) if y.dtype == torch.bool else y for y in tensors]
         others = [r for r in range(self.size) if r != self.rank]
         sends = [Message(r, raw[self.rank], "its share") for r in others]
         exchange = Exchange(words, sends, [Message(r, raw[r], "its share") for r in others])
-        self.finish(self.start(exchange, tag))
+        return tensors, self.start(exchange, tag)
+
+    def exchange(self, x: Tensor, words: str, tag: int) -> list[Tensor]:
+        "The tensors of this shape and dtype of all ranks."
+        tensors, pending = self.post(x, words, tag)
+        self.finish(pending)
         return tensors
 
     def gather(self, x: Tensor, words: str) -> list[Tensor]:
@@ -222,19 +228,9 @@ class Ring:
         self.agree(words, stamp(facts), lambda: facts)
         return self.exchange(x, words, stamp(words))
 
-    def agree(self, words: str, fingerprint: int, facts: Callable[[], dict[str, Any]]) -> int:  # the call's number
-        """Raise on every rank a `ValueError` that names the facts in which ranks differ, if their fingerprints do.
-
-        Every rank sends 16 bytes to every other, whatever it was called with; the facts travel if these differ.
-        """
-        if self.size == 1:
-            return 0
-        words += ", comparing the ranks' arguments"
-        mine = torch.tensor((fingerprint, next(self.numbers) if self.rank == 0 else 0), device=self.device)
-        heard = [x.tolist() for x in self.exchange(mine, words, _AGREE)]
-        if len({fingerprint for fingerprint, _ in heard}) > 1:
-            self.complain({"the arguments": "accepted"} | facts(), words)
-        return int(heard[0][1])
+    def agree(self, words: str, fingerprint: int, facts: Callable[[], dict[str, Any]]) -> None:
+        "Raise on every rank a `ValueError` that names the facts in which ranks differ, if their fingerprints do."
+        Vote(self, words, fingerprint, facts).settle()
 
     def complain(self, facts: dict[str, Any], words: str) -> None:
         "Raise a `ValueError` that names the facts in which the ranks differ."
@@ -259,6 +255,33 @@ class Ring:
             facts = {"the arguments": f"{type(error).__name__}: {error}"}
             self.agree("a call that was refused", stamp(facts), lambda: facts)
             raise
+
+
+class Vote:
+    """Whether all ranks of a ring were called alike: each sends its fingerprint to all, 16 bytes, and goes on.
+
+    `settle` waits for the answers. Until then a rank may compute, and send what carries the tag of this call.
+    """
+
+    def __init__(self, ring: Ring, words: str, fingerprint: int, facts: Callable[[], dict[str, Any]]) -> None:
+        self.ring, self.facts, self.words = ring, facts, words + ", comparing the ranks' arguments"
+        self.token, self.number = ring.token, 0  # of the call before, and of this one: the first rank's
+        self.heard: list[Tensor] = []
+        self.pending: list[tuple[Any, str]] | None = None
+        if ring.size > 1:
+            mine = torch.tensor((fingerprint, next(ring.numbers) if ring.rank == 0 else 0), device=ring.device)
+            self.heard, self.pending = ring.post(mine, self.words, _AGREE)
+
+    def settle(self) -> int:
+        "The number of the call. Raises on every rank a `ValueError` that names the facts in which ranks differ."
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            self.ring.finish(pending)
+            heard = [x.tolist() for x in self.heard]
+            self.number = self.ring.token = heard[0][1]
+            if len({fingerprint for fingerprint, _ in heard}) > 1:
+                self.ring.complain({"the arguments": "accepted"} | self.facts(), self.words)
+        return self.number
 
 
 def default_group() -> "dist.ProcessGroup | None":

@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from dilated_attention_nb import elastic
 from dilated_attention_nb.block_sparse import BlockSparseAttention
 from dilated_attention_nb.config import RING_LAYOUTS, DistributedConfig, RingAttentionConfig, SparseAttentionConfig
 from dilated_attention_nb.distributed import (
@@ -37,7 +38,7 @@ from dilated_attention_nb.longnet import LongNet, LongNetEncoder, longnet_tiny
 from dilated_attention_nb.ring import RingDilatedAttention
 from dilated_attention_nb.sharded import LongNetShare, Team, group_backends, share_in_ring, share_worker
 from dilated_attention_nb.testing import make_qkv, saved_for_backward, spawn_gloo
-from dilated_attention_nb.training import NgramEmbedding, demo, read_metrics
+from dilated_attention_nb.training import NgramEmbedding, demo, read_corpus, read_metrics
 
 TINY = longnet_tiny(tie_embeddings=False, num_kv_heads=2)
 SP = {"sequence_parallel": True}
@@ -675,6 +676,54 @@ def test_training_survives_the_death_of_a_worker(tmp_path):
         steps[again] == 11 and steps[again - 1] >= 15
     )  # the third checkpoint, of step 15, was torn: on from the second
     assert {r["step"]: r["loss"] for r in torn} == {r["step"]: r["loss"] for r in whole}
+
+
+def test_a_signal_ends_an_elastic_run_with_a_checkpoint(tmp_path, monkeypatch, capsys):
+    real, taken = DistributedLongNet.loss_and_gradients, itertools.count(1)
+
+    def interrupted(self, *batch):
+        if next(taken) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, *batch)
+
+    (tmp_path / "text.txt").write_text("".join(f"line {i}\n" for i in range(500)))
+    command = ["--folder", str(tmp_path / "run"), "--text", str(tmp_path / "text.txt"), *SMALL, "--backend", "gloo"]
+    with monkeypatch.context() as patch:
+        patch.setattr(DistributedLongNet, "loss_and_gradients", interrupted)
+        assert elastic.elastic_main(command) == 128 + signal.SIGTERM
+    assert "saved step 3 of 30" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "run").glob("step-*")] == ["step-00000003"]
+    with monkeypatch.context() as patch:  # and one before the first step
+        patch.setattr(elastic, "read_corpus", lambda text: (signal.raise_signal(signal.SIGHUP), read_corpus(text))[1])
+        assert elastic.elastic_main(command) == 128 + signal.SIGHUP
+    assert elastic.elastic_main(command) == 0
+    assert [step for step, _ in steps_taken(tmp_path / "run")] == list(range(1, 31))
+
+
+DEAD_LEARNER = """
+import os, signal, sys
+from dilated_attention_nb import training
+real = training.train_step
+def dying(model, optimizers, config, tokens, step):
+    if (os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"], step) == ("0", "1", 6):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(model, optimizers, config, tokens, step)
+training.train_step = dying
+sys.exit(training.demo())
+"""
+
+
+@pytest.mark.slow
+def test_a_restart_by_torchrun_goes_on_with_its_run(tmp_path):
+    "The same command is started again, without `--resume`, and must not begin another run."
+    (tmp_path / "dying.py").write_text(DEAD_LEARNER)
+    command = [*torchrun("--max-restarts", "2"), str(tmp_path / "dying.py"), "--text", str(Path(__file__).parent)]
+    size = "--steps 12 --context 256 --width 32 --layers 1 --segments 64 256 --rates 1 4 --eval-bytes 2048 --device cpu"
+    command += [*size.split(), "--sequence-parallel", "2", "--out", str(tmp_path / "runs")]
+    done = subprocess.run(command, env=os.environ | MANY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["longnet"]
+    assert [row["step"] for row in read_metrics(tmp_path / "runs/longnet")] == list(range(12))
 
 
 def demo_worker(rank, world, out):

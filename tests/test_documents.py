@@ -48,6 +48,7 @@ FOREIGN = {
     "set_": "a method of tensors",
     "save_for_backward": "autograd",
     "deepcopy": "copy",
+    "_dynamo": "torch",
     "malloc": "C",
     "M_MMAP_THRESHOLD": "C",
     "DilatedTransformerEncoderLayer": "fkodom",

@@ -9,7 +9,7 @@ from hypothesis import given
 
 from dilated_attention_nb.benchmarks import dilated_pairs
 from dilated_attention_nb.config import RingAttentionConfig
-from dilated_attention_nb.longnet import longnet_tiny
+from dilated_attention_nb.longnet import LayerStack, longnet_tiny
 from dilated_attention_nb.ring import traffic
 from dilated_attention_nb.scaling import (
     Cluster,
@@ -21,6 +21,7 @@ from dilated_attention_nb.scaling import (
     step_seconds,
     zigzag_parts,
 )
+from dilated_attention_nb.testing import saved_for_backward
 
 
 def planned(model, n: int, ranks: int, dtype=torch.float32) -> tuple[float, float]:
@@ -98,3 +99,15 @@ def test_what_is_moved_takes_time_where_memory_has_a_rate():
     assert free["moving"] == 0 and free == narrow | {"moving": 0}
     kept = model.num_layers * n * kept_numbers(model) * 2  # bytes in bfloat16
     assert narrow["moving"] == pytest.approx(4 * kept / 4 / 1e9)
+
+
+@pytest.mark.parametrize("change", [{}, {"num_kv_heads": 1}, {"ffn_dim": 100}, {"position": "none"}, {"num_heads": 8}])
+def test_what_a_layer_keeps_is_counted(change):
+    values = {"position": "rope"} | change
+
+    def kept(layers, n):
+        stack = LayerStack(longnet_tiny(num_layers=layers, **values))
+        return saved_for_backward(stack, torch.randn(1, n, 64)).num_bytes
+
+    grown = [kept(layers, 200) - kept(layers, 100) for layers in (1, 2)]
+    assert grown[1] - grown[0] == 100 * 4 * kept_numbers(longnet_tiny(**values))

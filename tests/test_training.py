@@ -146,7 +146,7 @@ def interrupted(words, out, number, rows):
     return process.returncode, said, err
 
 
-@pytest.mark.parametrize(("name", "rows"), [("SIGINT", 20), ("SIGTERM", 60)])
+@pytest.mark.parametrize(("name", "rows"), [("SIGINT", 20), ("SIGTERM", 60), ("SIGHUP", 40)])
 def test_an_interrupted_run_resumes_as_if_nothing_had_been(name, rows, words, whole, tmp_path, here):
     status, said, err = interrupted(words, tmp_path, getattr(signal, name), rows)
     assert status == 128 + getattr(signal, name), err
@@ -651,6 +651,43 @@ def test_signals_that_come_together_are_one(monkeypatch):
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("where", ["read_corpus", "calibrated_seconds"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_during_start_up_ends_it_before_anything_is_written(name, where, words, tmp_path, here, monkeypatch):
+    real = getattr(training, where)
+
+    def interrupted(*values):
+        signal.raise_signal(getattr(signal, name))
+        return real(*values)
+
+    monkeypatch.setattr(training, where, interrupted)
+    status, _, err = here("--text", words, "--minutes", "0.01", "--out", tmp_path / "runs", *SIZE)
+    assert status == 128 + getattr(signal, name) and "nothing was written" in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_signal_while_a_run_is_read_again_loses_nothing(stopped, here, monkeypatch):
+    before, real = losses(stopped), training.read_corpus
+
+    def interrupted(text):
+        signal.raise_signal(signal.SIGTERM)
+        return real(text)
+
+    monkeypatch.setattr(training, "read_corpus", interrupted)
+    status, said, _ = here("--resume", "stopped", "--out", stopped.parent)
+    assert status == 128 + signal.SIGTERM and "at step 3 of 10" in said and losses(stopped) == before
+
+
+def test_a_hangup_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with training.noted_signals() as noted:
+            signal.raise_signal(signal.SIGHUP)
+        assert noted == []
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_resuming_takes_no_other_flags(capsys):
