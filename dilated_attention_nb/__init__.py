@@ -165,10 +165,12 @@ if TYPE_CHECKING:
     from dilated_attention_nb.partial import (
         Backend as Backend,
         KERNELS as KERNELS,
+        absent as absent,
         attend as attend,
         attend_backward as attend_backward,
         attend_forward as attend_forward,
         available_backends as available_backends,
+        finite_padding as finite_padding,
         merge as merge,
         merge_ as merge_,
         merge_lse_ as merge_lse_,
@@ -215,7 +217,6 @@ if TYPE_CHECKING:
         block_shares as block_shares,
         pooled as pooled,
         scorer_loss as scorer_loss,
-        some_rows as some_rows,
     )
     from dilated_attention_nb import sharding as sharding
     from dilated_attention_nb.sharding import (
@@ -332,6 +333,7 @@ if TYPE_CHECKING:
     from dilated_attention_nb import interop as interop
     from dilated_attention_nb.interop import (
         DilatedMHA as DilatedMHA,
+        check_dilated as check_dilated,
         register_with_transformers as register_with_transformers,
         replace_attention as replace_attention,
     )
@@ -345,7 +347,7 @@ if TYPE_CHECKING:
         SEPARATOR as SEPARATOR,
         SKIPPED as SKIPPED,
         STAGES as STAGES,
-        Stopped as Stopped,
+        StoppedError as StoppedError,
         TrainingConfig as TrainingConfig,
         VOCAB as VOCAB,
         autocast as autocast,
@@ -583,10 +585,12 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "partial": (
         "Backend",
         "KERNELS",
+        "absent",
         "attend",
         "attend_backward",
         "attend_forward",
         "available_backends",
+        "finite_padding",
         "merge",
         "merge_",
         "merge_lse_",
@@ -626,7 +630,6 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "block_shares",
         "pooled",
         "scorer_loss",
-        "some_rows",
     ),
     "sharding": (
         "gather_sequence",
@@ -734,6 +737,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     ),
     "interop": (
         "DilatedMHA",
+        "check_dilated",
         "register_with_transformers",
         "replace_attention",
     ),
@@ -746,7 +750,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "SEPARATOR",
         "SKIPPED",
         "STAGES",
-        "Stopped",
+        "StoppedError",
         "TrainingConfig",
         "VOCAB",
         "autocast",
@@ -926,7 +930,7 @@ __all__ = [
     "STYLE",
     "SavedTensors",
     "SparseAttentionConfig",
-    "Stopped",
+    "StoppedError",
     "Team",
     "TensorFile",
     "Tile",
@@ -935,6 +939,7 @@ __all__ = [
     "UnifiedMemoryPool",
     "VOCAB",
     "WIDEST",
+    "absent",
     "assert_batch_independent",
     "assert_causal",
     "assert_within_budget",
@@ -971,6 +976,7 @@ __all__ = [
     "check_choice",
     "check_config",
     "check_device",
+    "check_dilated",
     "check_drawing",
     "check_dropout",
     "check_dtype",
@@ -1023,6 +1029,7 @@ __all__ = [
     "fill_segments",
     "finest_branch",
     "finish",
+    "finite_padding",
     "forward_seconds",
     "from_pretrained",
     "fused_backward",
@@ -1129,7 +1136,6 @@ __all__ = [
     "single_losses",
     "slide_segment_lengths",
     "smoothed",
-    "some_rows",
     "spawn_gloo",
     "stage_layers",
     "stage_of",

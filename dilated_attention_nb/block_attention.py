@@ -154,7 +154,8 @@ def _blocks(x: Tensor, size: int) -> Tensor:
     count = (x.shape[1] + size - 1) // size
     if torch.compiler.is_compiling() or x.shape[1] % size:  # what is traced holds for all lengths
         x = torch.cat([x, x.new_zeros((x.shape[0], count * size - x.shape[1], *x.shape[2:]))], 1)
-    return x.unflatten(1, (count, size))
+    blocks: Tensor = x.unflatten(1, (count, size))
+    return blocks
 
 
 def _room(q: Tensor, heads: int, size: int) -> int:

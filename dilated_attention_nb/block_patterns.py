@@ -348,7 +348,7 @@ def block_pattern(
     ratio, size = check_ratio("sparsity_ratio", sparsity_ratio), check_block_size("block_size", block_size)
     heads, rows = check_int("num_heads", num_heads), -(-check_int("n", n) // size)
     given = (n,) * len(dilation_rates or (1,)) if segment_lengths is None else segment_lengths
-    lengths, rates = check_branches(given, dilation_rates or (max(1, round(1 / ratio)),) * len(given))
+    lengths, rates = check_branches(given, dilation_rates or (max(1, round(min(1 / ratio, 2**48))),) * len(given))
     how = (rows, ratio, is_causal)
     if pattern_type == "dilated_sparse":
         groups = head_groups(max(heads, len(rates)), len(rates)) if len(rates) > 1 else (range(1),)

@@ -31,7 +31,7 @@ from dilated_attention_nb.config import (
     row_shifts,
 )
 from .masking import Grid, Piece, Tile, clipped, fill_segments, tiles
-from .partial import attend, cast_like_autocast, merge
+from .partial import attend, cast_like_autocast, finite_gradients, finite_padding, merge
 
 # %% ../nbs/06_dilated.ipynb #e3182603
 def gather(
@@ -68,6 +68,11 @@ def scatter(
     piece.queries.view(whole[:, :, piece.q_heads]).copy_(part.unflatten(0, (len(whole), -1)))
 
 # %% ../nbs/06_dilated.ipynb #8b8b51a7
+def _nothing(dtype: torch.dtype, *tensors: Tensor | None) -> Tensor:
+    "0, with a gradient of 0 for each of the tensors, and with the dimensions that `vmap` has given any of them."
+    return torch.stack([x[:, :0].sum(dtype=dtype) for x in tensors if x is not None]).sum()
+
+
 def attend_tile(
     q: Float[Tensor, "b nq h d"],
     k: Float[Tensor, "b nk hk d"],
@@ -79,7 +84,11 @@ def attend_tile(
 ) -> tuple[Float[Tensor, "b nq h d"], Float[Tensor, "b nq h"]]:
     "The pair of a tile for every row and head, in float32 or wider; `(0, -inf)` where the tile has none."
     wide = torch.promote_types(q.dtype, torch.float32)
-    out, lse = torch.zeros_like(q, dtype=wide), torch.full(q.shape[:3], -inf, dtype=wide, device=q.device)
+    nothing = _nothing(wide, q, k, v, key_padding_mask)
+    out, lse = (
+        torch.zeros_like(q, dtype=wide) + nothing,
+        torch.full(q.shape[:3], -inf, dtype=wide, device=q.device) + nothing.detach(),
+    )
     for piece in tile.pieces:
         o, l = attend_piece(q, k, v, piece, is_causal, key_padding_mask, backend)
         if tile.zeros:
@@ -130,15 +139,18 @@ class DilatedAttention(ConfiguredModule):
         return dropout(out, c.dropout, self.training)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, mask: Tensor | None) -> Tensor:
-        "One tile after the other."
-        c = self.config
+        "One tile after the other. Loops over tiles are unrolled when traced: `range` fixes lengths that may vary."
+        c, _ = self.config, [len(range(size)) for size in (*q.shape[1:], *k.shape[1:3])]
         check_length(k.shape[1], c.segment_lengths, c.ragged)
         if q.shape[1] < k.shape[1]:
             check_unshifted(k.shape[1], c.segment_lengths, c.dilation_rates, c.ragged, "with fewer queries than keys")
         wide = torch.promote_types(q.dtype, torch.float32)
-        lse = torch.full(q.shape[:3], -inf, dtype=wide, device=q.device)
-        nothing = sum(x[:, :0].sum(dtype=wide) for x in (q, k, v))  # 0 with a gradient of 0, if no row is on any grid
-        out = torch.zeros_like(q, dtype=wide) + nothing
+        nothing = _nothing(wide, q, k, v, mask)
+        q = finite_padding(q, mask)
+        out, lse = (
+            torch.zeros_like(q, dtype=wide) + nothing,
+            torch.full(q.shape[:3], -inf, dtype=wide, device=q.device) + nothing.detach(),
+        )
         lengths, zeros = clipped(c.segment_lengths, k.shape[1]), c.ragged == "zeros" and not is_causal
         sizes = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
         shifts = row_shifts(k.shape[1], c.segment_lengths, c.dilation_rates, c.ragged)
@@ -149,7 +161,7 @@ class DilatedAttention(ConfiguredModule):
             for pair in self._shifted(q, k, v, is_causal, mask, g, p) if p else ():
                 out, lse = merge(out, lse, *pair)
         out = out / c.num_branches if c.mixing == "groups" else out
-        return out.to(q.dtype)
+        return finite_gradients(out.to(q.dtype), mask)
 
     def _shifted(
         self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, mask: Tensor | None, g: int, p: int

@@ -45,11 +45,16 @@ from dilated_attention_nb.config import (
 )
 from .masking import Grid, Piece, Tile, clipped, fill_segments, tiles
 from dilated_attention_nb.partial import (
+    absent,
     attend_backward,
     attend_forward,
     cast_like_autocast,
+    count_operations,
+    finite_padding,
+    folded,
     merge_,
     merge_lse_,
+    product_operations,
     resolve_backend,
     tf32,
     wide_dtype,
@@ -66,8 +71,6 @@ class Workspace:
     def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         "A tensor with any content. What was asked for under this name before must not be in use any more."
         size = prod(shape)
-        if size < 2**16:  # two views of a buffer would cost more
-            return torch.empty(shape, dtype=dtype, device=self.device)
         buffer = self.buffers.get((name, dtype))
         if buffer is None or buffer.numel() < size:
             buffer = self.buffers[name, dtype] = torch.empty(size, dtype=dtype, device=self.device)
@@ -224,6 +227,7 @@ class Options:
     copy: tuple[str, ...]  # what to gather by copying also where a view would do
     only: tuple[int, ...] | None = None  # the branches to compute, None: all
     filled: int = 0  # places of each segment that `fill_segments` added
+    clean: bool = False  # nothing that isn't finite lies where the mask hides it
 
     @property
     def divisor(self) -> int:
@@ -312,7 +316,9 @@ def attend_part(
     "`(out, lse)` of a part, `[b * segments, count, heads, ...]`."
     inputs = ("q", q, part.rows), ("k", k, part.keys), ("v", v, part.keys)
     gq, gk, gv = (gather(space, name, x, side, name in options.copy) for name, x, side in inputs)
-    o, l = attend_forward(gq, gk, gv, options.is_causal, part.padding(mask), options.scale, options.backend)
+    o, l = attend_forward(
+        gq, gk, gv, options.is_causal, part.padding(mask), options.scale, options.backend, options.clean
+    )
     if part.zeros:
         merge_(o, l, torch.zeros_like(o), torch.full_like(l, part.zeros).log_())
     return o, l
@@ -410,7 +416,9 @@ def pull_part(
         o.mul_(options.divisor)
     l = gather(space, "lse", lse, rows, True)
     padding = part.padding(mask)
-    return attend_backward(do, gq, gk, gv, o, l, options.is_causal, padding, options.scale, options.backend)
+    return attend_backward(
+        do, gq, gk, gv, o, l, options.is_causal, padding, options.scale, options.backend, options.clean
+    )
 
 # %% ../nbs/07_improved.ipynb #5d0c9a71
 class Rows:
@@ -514,12 +522,13 @@ def forward_into(
     out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options, space: Workspace
 ) -> None:
     "Leave merged out and lse of whole sequences where they belong."
+    q = q if options.clean else finite_padding(q, mask)
     options, shifted = options.split(k.shape[1])
     if options.backend == "triton":
         from dilated_attention_nb.triton_forward import fused_forward
 
         how = (options.is_causal, options.mixing, options.offsets, options.zeros, options.scale, options.use_tf32)
-        o, l = fused_forward(q, k, v, mask, *options.branches, *how)
+        o, l = fused_forward(q, absent(k, mask), absent(v, mask), mask, *options.branches, *how)
         out.copy_(o), lse.copy_(l)
         return
     for heads, rows, keys in portions(options.portion, q, k, options.segment_lengths):
@@ -536,6 +545,8 @@ def backward_into(
     mask: Tensor | None, options: Options, space: Workspace,
 ) -> None:  # fmt: skip
     "Leave dq, dk, dv of whole sequences where they belong."
+    if not options.clean:
+        dout, q = finite_padding(dout, mask), finite_padding(q, mask)
     options, shifted = options.split(k.shape[1])
     if shifted:
         sums = tuple(x if x.dtype == lse.dtype else torch.empty_like(x, dtype=lse.dtype) for x in grads)
@@ -549,6 +560,7 @@ def backward_into(
         from dilated_attention_nb.triton_backward import fused_backward
 
         how = (options.is_causal, options.mixing, options.offsets, options.scale, options.use_tf32)
+        k, v = absent(k, mask), absent(v, mask)
         for grad, result in zip(grads, fused_backward(dout, q, k, v, out, lse, mask, *options.branches, *how)):
             grad.copy_(result)
         return
@@ -621,6 +633,7 @@ def packed_forward(
     options: Options, ragged: str, space: Workspace,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     "Merged out and lse, each document a sequence of its own; tokens of no document get `(0, -inf)`."
+    options = replace(options, clean=mask is None)  # excess is 0
     packed, x = Workspace(q.device), [y.flatten(0, 1) for y in (q, k, v)]
     out, lse = _bare(q, cu_q), _bare(q[..., 0], cu_q, -inf, wide_dtype(q))
     for rows, keys in document_batches(q, k, cu_q, cu_k, options, ragged):
@@ -636,6 +649,7 @@ def packed_backward(
     cu_q: Tensor, cu_k: Tensor, options: Options, ragged: str, space: Workspace,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     "dq, dk, dv, each document a sequence of its own; tokens of no document, or keys of no query, get 0."
+    options = replace(options, clean=mask is None)  # excess is 0
     packed, grads = Workspace(q.device), [_bare(x, cu) for x, cu in ((q, cu_q), (k, cu_k), (v, cu_k))]
     for grad in grads[1:] if q.shape[1] < k.shape[1] else ():
         grad.zero_()
@@ -701,7 +715,7 @@ def backward_op(
         backward_into(grads, dout, q, k, v, out, lse, mask, options, space)
     return grads
 
-
+# %% ../nbs/07_improved.ipynb #5d0c9a79
 @forward_op.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide_dtype(q))
@@ -719,21 +733,91 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, operator: Any = backward_op) -> tuple[Any, ...]:
     "Gradients of the joint softmax; lse is not for users and carries none."
     *x, cu_q, cu_k = ctx.saved_tensors
     nothing = (None,) * (3 + len(ctx.options))
     if dout is None:
         return (None,) * 3 + nothing
-    return *backward_op(dout, *x, *ctx.options, cu_q, cu_k), *nothing
+    return *operator(dout, *x, *ctx.options, cu_q, cu_k), *nothing
 
 
-def _no_second_derivative(ctx: Any, *_: Any) -> Any:
+def _no_second_derivative(*_: Any) -> Any:
     raise NotImplementedError("dilated_attention has no second derivative; use DilatedAttention(config, 'math')")
 
 
 forward_op.register_autograd(_backward, setup_context=_save)
 backward_op.register_autograd(_no_second_derivative)
+
+
+class Transformed(torch.autograd.Function):
+    "The operator under `torch.func`, with every argument by its name: `torch.compile` counts them."
+
+    @staticmethod
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, segment_lengths: Sequence[int],
+        dilation_rates: Sequence[int], is_causal: bool, mixing: str, offsets: str, ragged: str, scale: float,
+        backend: str, use_tf32: bool, cu_q: Tensor | None, cu_k: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        how = segment_lengths, dilation_rates, is_causal, mixing, offsets, ragged, scale, backend, use_tf32
+        return forward_op(q, k, v, mask, *how, cu_q, cu_k)  # type: ignore[no-any-return]
+
+    setup_context = staticmethod(_save)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+        return _backward(ctx, dout, dlse, TransformedBackward.apply)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        return folded(Transformed.apply, info.batch_size, in_dims, inputs)
+
+
+class TransformedBackward(torch.autograd.Function):
+    "Its gradient under `torch.func`."
+
+    @staticmethod
+    def forward(
+        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None,
+        segment_lengths: Sequence[int], dilation_rates: Sequence[int], is_causal: bool, mixing: str, offsets: str,
+        ragged: str, scale: float, backend: str, use_tf32: bool, cu_q: Tensor | None, cu_k: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        how = segment_lengths, dilation_rates, is_causal, mixing, offsets, ragged, scale, backend, use_tf32
+        return backward_op(dout, q, k, v, out, lse, mask, *how, cu_q, cu_k)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        "Nothing is needed to refuse."
+
+    backward = staticmethod(_no_second_derivative)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        return folded(TransformedBackward.apply, info.batch_size, in_dims, inputs)
+
+# %% ../nbs/07_improved.ipynb #5d0c9a7b
+def _operations(q: Tensor, k: Tensor, v: Tensor, *options: Any, backward: bool = False, **_: Any) -> int:
+    "Floating-point operations of `forward_op` or of `backward_op`, from the arguments that both have."
+    mask, lengths, rates, is_causal, mixing, offsets, ragged, scale, backend, use_tf32, *documents = options
+    each = [(q.shape[1], k.shape[1])] * q.shape[0]
+    if documents and documents[0] is not None and all(map(readable, documents)):
+        sides_of_each = (document_rows(ends, x.shape[1])[1].tolist() for ends, x in zip(documents, (q, k)))
+        each = [(nq, nk) for nq, nk in zip(*sides_of_each) if nq]
+    pairs = 0
+    for nq, nk in each:
+        plan = tiles(nq, nk, q.shape[2], k.shape[2], clipped(tuple(lengths), nk), tuple(rates), mixing, offsets)
+        pairs += sum(tile.segments * tile.num_heads * tile.size[0] * tile.size[1] for tile in plan)
+    return product_operations(pairs, q.shape[3], backward)
+
+
+def _backward_operations(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *options: Any, **_: Any
+) -> int:
+    return _operations(q, k, v, *options, backward=True)
+
+
+_ours = torch.ops.dilated_attention_nb
+count_operations({_ours.forward: _operations, _ours.backward: _backward_operations})
 
 # %% ../nbs/07_improved.ipynb #f8ed8d68
 def dilated_attention(
@@ -774,7 +858,7 @@ def dilated_attention(
         check_length(k.shape[1], segment_lengths, ragged)
         if q.shape[1] < k.shape[1]:
             check_unshifted(k.shape[1], segment_lengths, dilation_rates, ragged, "with fewer queries than keys")
-        documents = ()
+        documents = None, None
     else:
         documents = check_documents(cu_seqlens, cu_seqlens_q, q, k)
     factor = q.shape[-1] ** -0.5 if (scale := check_scale(scale)) is None else scale
@@ -784,7 +868,8 @@ def dilated_attention(
         )
     branches = list(segment_lengths), list(dilation_rates)
     how = (is_causal, mixing, offsets, ragged, factor, backend, use_tf32)
-    out: Tensor = forward_op(q, k, v, key_padding_mask, *branches, *how, *documents)[0]
+    operator = Transformed.apply if torch._C._are_functorch_transforms_active() else forward_op
+    out: Tensor = operator(q, k, v, key_padding_mask, *branches, *how, *documents)[0]
     return out
 
 

@@ -21,6 +21,7 @@ from dilated_attention_nb.decoding import (
     kept_logits,
     kv_cache_bytes,
 )
+from dilated_attention_nb.improved import dilated_attention
 from dilated_attention_nb.kv_cache import DilatedKVCache, KVCache
 from dilated_attention_nb.longnet import POSITIONS, LongNet, LongNetEncoder, longnet_125m, longnet_tiny
 from dilated_attention_nb.testing import _resident, check_against_oracle, make_qkv, oracle_counts, spawn_gloo
@@ -691,3 +692,39 @@ def test_a_hundred_thousand_tokens_in_constant_memory():
 @pytest.mark.timeout(1800)
 def test_a_hundred_thousand_tokens_one_by_one_in_constant_memory():
     assert stays(1, 1700.0)
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("order", ["alternating", "any"])
+def test_rows_of_unequal_length_in_any_order_are_as_fast(order, seed):
+    "As many calls as there are lengths, then one for each token; the rows come back in the caller's order."
+    model, prompt = LongNet(longnet_tiny()).eval(), tokens(12, 40)
+    short = torch.arange(12) % 2 if order == "alternating" else torch.tensor([2, 0, 1, 0, 2, 1, 0, 0, 1, 2, 2, 0])
+    pads, calls = torch.arange(40) < 3 * short[:, None], []
+    handle = model.decoder.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    how = dict(temperature=0) if seed is None else dict(seed=seed, temperature=0.7)
+    together = model.generate(prompt, 8, key_padding_mask=pads, **how)
+    assert len(calls) == len(set(short.tolist())) + 7
+    handle.remove()
+    streamed = torch.stack(list(model.generate(prompt, 8, key_padding_mask=pads, stream=True, **how)), 1)
+    assert torch.equal(streamed, together)
+    if seed is None:
+        for row, pad, got in zip(prompt, pads, together):
+            assert torch.equal(model.generate(row[~pad], 8, temperature=0), got)
+    else:  # a row draws as in the batch whose rows all have its length
+        alike = model.generate(prompt, 1, **how)
+        assert torch.equal(alike[short == 0], together[short == 0, :1])
+
+
+@pytest.mark.parametrize("mixing", MIXINGS)
+def test_the_padding_of_a_cache_takes_a_byte_a_slot(mixing):
+    config = DilatedAttentionConfig((4, 8), (10**9, 2), mixing=mixing, ragged="mask")
+    cache, x = DilatedKVCache(config, 4, 8, 2, dtype=torch.float64), torch.randn(2, 5, 4, 8, dtype=torch.float64)
+    before, pads = cache.nbytes, torch.tensor([[True, False, False, False, False], 5 * [False]])
+    out = cache(x, x, x, key_padding_mask=pads)
+    assert before < cache.nbytes <= before + before // (2 * 8 * 8)  # keys and values of eight numbers of eight bytes
+    how = dict(is_causal=True, mixing=mixing, ragged="mask", key_padding_mask=pads)
+    want = dilated_attention(x, x, x, config.segment_lengths, config.dilation_rates, **how)
+    assert torch.allclose(out, want, atol=1e-12)
+    cache.reset()
+    assert cache.nbytes == before

@@ -551,8 +551,9 @@ def test_masks_of_slides_are_checked():
         slide()(x, 2 * coords, key_padding_mask=filled_up("right")[2])
 
 
+@pytest.mark.slow
 def test_padded_slides_are_exported_and_compiled():
-    model = slide(global_pool=True)
+    model = slide(global_pool=True, depth=1)
     x, coords, mask, _ = filled_up("right", (20, 7), fill=0.0)
     x, coords, mask = x[:, :20], coords[:, :20], mask[:, :20]
     torch._dynamo.reset()
@@ -561,7 +562,7 @@ def test_padded_slides_are_exported_and_compiled():
     for traced in (program, compiled):
         for masked in (mask, mask.flip(0)):
             given = (x, coords, False, None, masked)
-            torch.testing.assert_close(traced(*given), slide(global_pool=True, check_layout=False)(*given))
+            torch.testing.assert_close(traced(*given), slide(global_pool=True, depth=1, check_layout=False)(*given))
 
 
 def test_recomputed_activations_give_the_same_gradients():
@@ -586,9 +587,11 @@ def test_depths_of_parameters_can_be_told_from_names():
     assert numbers == {"0", "1", "2"}
 
 
-@pytest.mark.parametrize(("check_layout", "dynamic"), [(True, True), (False, False)])
+@pytest.mark.parametrize(
+    ("check_layout", "dynamic"), [(True, True), pytest.param(False, False, marks=pytest.mark.slow)]
+)
 def test_the_slide_encoder_is_exported_and_compiled(check_layout, dynamic):
-    model, (x, coords) = slide(check_layout=check_layout), tiles(20, side=5)
+    model, (x, coords) = slide(check_layout=check_layout, depth=1), tiles(20, side=5)
     count = torch.export.Dim("count", min=2, max=4096)
     shapes = {"x": {1: count}, "coords": {1: count}} if dynamic else None
     program = torch.export.export(model, (x, coords), dynamic_shapes=shapes).module()

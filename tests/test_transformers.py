@@ -1,5 +1,7 @@
 "Hugging Face models with dilated attention: small ones, randomly initialised, made from configs."
 
+import json
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -16,28 +18,65 @@ from transformers import (  # noqa: E402
     BertModel,
     BloomConfig,
     BloomModel,
+    ConvNextConfig,
+    ConvNextModel,
+    DebertaConfig,
+    DebertaModel,
+    DebertaV2Config,
+    DebertaV2Model,
     DynamicCache,
+    FNetConfig,
+    FNetModel,
+    FunnelConfig,
+    FunnelModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPTBigCodeConfig,
+    GPTBigCodeForCausalLM,
+    GPTJConfig,
+    GPTJModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaModel,
     MistralConfig,
     MistralForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    ReformerConfig,
+    ReformerModel,
     StaticCache,
+    T5Config,
+    T5EncoderModel,
+    ViTConfig,
+    ViTModel,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
+    WavLMConfig,
+    WavLMModel,
+    XLNetConfig,
+    XLNetModel,
+    YosoConfig,
+    YosoModel,
+    ZambaConfig,
+    ZambaModel,
 )
+from transformers.masking_utils import causal_mask_function  # noqa: E402
 
 from dilated_attention_nb.config import DilatedAttentionConfig  # noqa: E402
-from dilated_attention_nb.interop import register_with_transformers  # noqa: E402
+from dilated_attention_nb.interop import check_dilated, register_with_transformers  # noqa: E402
 from dilated_attention_nb.testing import oracle_attention  # noqa: E402
 
 SIZE = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
 MODELS = {
-    "llama": (LlamaForCausalLM, lambda **v: LlamaConfig(**SIZE, eos_token_id=None, **v)),
+    "llama": (LlamaForCausalLM, lambda **v: LlamaConfig(**SIZE | dict(eos_token_id=None) | v)),
     "qwen": (
         Qwen3ForCausalLM,
         lambda **v: Qwen3Config(**SIZE, num_key_value_heads=2, head_dim=16, eos_token_id=None, **v),
     ),
-    "bert": (BertModel, lambda **v: BertConfig(**SIZE, **v)),
+    "bert": (BertModel, lambda **v: BertConfig(**SIZE | v)),
 }
 DILATED = DilatedAttentionConfig((8, 32), (1, 4), mixing="softmax", ragged="mask")
 CAUSAL = ("llama", "qwen")
@@ -244,12 +283,10 @@ def test_sliding_windows_are_refused():
         MistralForCausalLM._from_config(config, attn_implementation="dilated")(tokens())
 
 
-def test_masks_of_ones_own_and_packed_sequences_are_refused():
+def test_masks_of_ones_own_are_refused():
     model, given = make("llama"), tokens()
     with pytest.raises(ValueError, match="2-D attention_mask"):
         model(given, attention_mask=torch.ones(2, 1, 50, 50).tril().bool())
-    with pytest.raises(ValueError, match="packed"):
-        model(given, position_ids=(torch.arange(50) % 25).expand(2, -1), use_cache=False)
 
 
 def test_lengths_that_the_config_refuses_say_what_to_do():
@@ -276,14 +313,36 @@ def test_cross_attention_is_refused():
             model(tokens(), decoder_input_ids=tokens(n=n))
 
 
-def test_a_model_that_computes_attention_itself_is_refused():
-    "Its own arithmetic on our mask would lose causality in silence."
-    torch.manual_seed(0)
-    config = BloomConfig(hidden_size=64, n_layer=1, n_head=4, vocab_size=99)
-    model = BloomModel._from_config(config, attn_implementation="dilated").eval()
-    for mask in (None, (torch.arange(50) >= torch.tensor([[0], [3]])).long()):
-        with pytest.raises(ValueError, match="the mask must be handed to the attention as it is"):
-            model(tokens(), attention_mask=mask)
+ITSELF = {  # classes that accept any attn_implementation and compute an attention of their own
+    BloomModel: BloomConfig(hidden_size=64, n_layer=1, n_head=4, vocab_size=99),
+    DebertaModel: DebertaConfig(**SIZE),
+    DebertaV2Model: DebertaV2Config(**SIZE),
+    FunnelModel: FunnelConfig(block_sizes=[1], d_model=64, n_head=4, d_head=16, d_inner=64, vocab_size=99),
+    GPTJModel: GPTJConfig(n_embd=64, n_layer=1, n_head=4, rotary_dim=8, vocab_size=99),
+    ReformerModel: ReformerConfig(hidden_size=64, num_attention_heads=4, attention_head_size=16, vocab_size=99),
+    WavLMModel: WavLMConfig(**SIZE),
+    XLNetModel: XLNetConfig(d_model=64, n_layer=1, n_head=4, d_inner=64, vocab_size=99),
+    YosoModel: YosoConfig(**SIZE),
+}
+
+
+@pytest.mark.parametrize("cls", ITSELF, ids=lambda cls: cls.__name__)
+def test_a_model_that_computes_attention_itself_is_refused(cls):
+    "The name would change nothing, in silence."
+    with pytest.raises(ValueError, match=f"take its attention from transformers' table, got {cls.__name__}"):
+        cls._from_config(ITSELF[cls], attn_implementation="dilated")
+
+
+def test_arithmetic_on_the_note_of_the_mask_function_is_an_error():
+    "A model of one's own that adds the mask to its scores can't lose causality in silence."
+    note, scores = AttentionMaskInterface._global_mapping["dilated"], torch.zeros(2, 4, 50, 50)
+    for given in (None, torch.arange(50) >= torch.tensor([[0], [3]])):
+        mask = note(2, 50, 50, mask_function=causal_mask_function, attention_mask=given)
+        for compute in (torch.add, torch.mul, torch.sub):
+            with pytest.raises(RuntimeError):
+                compute(scores, mask)
+        with pytest.raises(RuntimeError):
+            scores.masked_fill(mask, 0)
 
 
 def test_a_mask_that_is_too_short_is_refused():
@@ -297,3 +356,347 @@ def test_device_and_dtype_of_the_config_are_checked():
         register_with_transformers("dilated_placed", replace(DILATED, **{field: value}))
         with pytest.raises((TypeError, ValueError), match=f"query must be .*{value} as the config says"):
             make("llama", "dilated_placed")(tokens())
+
+
+# ---------------------------------------------------------------- counting
+
+
+def test_calls_are_counted_and_nothing_changes():
+    model, fired = make("llama").train(), []
+    model.model.layers[0].eval()
+    model.model.layers[1].self_attn.register_forward_pre_hook(lambda *_: fired.append(1))
+    seed, config = torch.get_rng_state(), model.config.to_dict()
+    state = {name: x.clone() for name, x in model.state_dict().items()}
+    modules = {name: (module.training, sorted(module.__dict__)) for name, module in model.named_modules()}
+    assert check_dilated(model) == {f"model.layers.{i}.self_attn": 1 for i in range(2)}
+    assert torch.equal(seed, torch.get_rng_state()) and config == model.config.to_dict() and not fired
+    assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
+    assert modules == {name: (module.training, sorted(module.__dict__)) for name, module in model.named_modules()}
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("cls", "config"),
+    [
+        (BertModel, BertConfig(**SIZE)),
+        (ViTModel, ViTConfig(**SIZE, image_size=16, patch_size=8)),
+        (Wav2Vec2Model, Wav2Vec2Config(**SIZE, num_conv_pos_embedding_groups=4)),
+    ],
+)
+def test_text_pictures_and_sound_are_counted(cls, config):
+    register_with_transformers("dilated_strict", DilatedAttentionConfig((512, 2048), (1, 4)))  # not one segment
+    assert sum(check_dilated(cls._from_config(config, attn_implementation="dilated_strict")).values()) == 2
+
+
+@pytest.mark.parametrize(
+    ("cls", "config"),
+    [
+        (MambaModel, MambaConfig(hidden_size=64, num_hidden_layers=1, vocab_size=99)),
+        (FNetModel, FNetConfig(**{k: v for k, v in SIZE.items() if k != "num_attention_heads"})),
+        (ConvNextModel, ConvNextConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1])),
+        (LlamaForCausalLM, LlamaConfig(**SIZE)),
+    ],
+)
+def test_a_model_without_a_call_is_refused(cls, config):
+    name = "sdpa" if cls is LlamaForCausalLM else "dilated"
+    with pytest.raises(ValueError, match=f"call dilated attention, got none in {cls.__name__} with '{name}'"):
+        check_dilated(cls._from_config(config, attn_implementation=name))
+
+
+def test_layers_of_another_kind_are_named():
+    size = SIZE | dict(num_hidden_layers=5, attention_hidden_size=128, num_key_value_heads=4, n_mamba_heads=2)
+    config = ZambaConfig(**size, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=4, use_mamba_kernels=False)
+    model = ZambaModel._from_config(config, attn_implementation="dilated")
+    with pytest.warns(UserWarning, match="3 layers of ZambaModel don't attend dilatedly: layers.0, layers.1, layers.3"):
+        assert list(check_dilated(model)) == [f"layers.{i}.shared_transf.self_attn" for i in (2, 4)]
+
+
+def test_what_dilated_attention_is_not_is_refused_while_counting():
+    for cls, config, message in (
+        (T5EncoderModel, T5Config(d_model=32, d_ff=32, num_layers=1, num_heads=4, d_kv=8), "no position_bias"),
+        (MistralForCausalLM, MistralConfig(**SIZE, num_key_value_heads=2, sliding_window=8), "set sliding_window=None"),
+        (Gemma2ForCausalLM, Gemma2Config(**SIZE, layer_types=2 * ["full_attention"]), "softcap|causal or bidir"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            check_dilated(cls._from_config(config, attn_implementation="dilated"))
+
+
+def test_inputs_that_cannot_be_made_are_asked_for():
+    with pytest.raises(TypeError, match="be a model of transformers"):
+        check_dilated(torch.nn.Linear(2, 2))
+    model = make("llama")
+    with pytest.raises(ValueError, match="inputs must let LlamaForCausalLM run, got inputs_embeds .*pass its own"):
+        check_dilated(model, inputs_embeds=torch.zeros(1, 4, 3))
+    assert len(check_dilated(model, inputs_embeds=torch.zeros(1, 4, 64))) == 2
+
+
+# ---------------------------------------------------------------- saving
+
+
+def test_a_saved_model_keeps_its_branches_and_says_when_it_attends_otherwise(tmp_path):
+    model, given = make("llama"), tokens()
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())["dilated_attention"]
+    assert DilatedAttentionConfig.from_dict(saved) == DILATED
+    for name in (None, "sdpa", "dilated_full"):
+        with pytest.warns(UserWarning, match=r"saved with dilated.*segment_lengths=\[8, 32\].*now attends with"):
+            other = LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation=name)
+        assert other.config.dilated_attention == saved
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        same = LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation="dilated")
+    assert torch.equal(run(same, given), run(model, given))
+    same.set_attn_implementation("sdpa")
+    same.save_pretrained(tmp_path)
+    assert "dilated_attention" not in json.loads((tmp_path / "config.json").read_text())
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_there_are_no_weights_to_return(kind):
+    with pytest.raises(ValueError, match="output_attentions must be False"):
+        make(kind)(tokens(), output_attentions=True)
+
+
+# ---------------------------------------------------------------- packed documents
+
+LENGTHS = (25, 15, 1, 9)
+PLACES = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+
+
+def alone(model, given, lengths=LENGTHS):
+    return torch.cat([run(model, part) for part in given.split(lengths, 1)], 1)
+
+
+@pytest.mark.parametrize("values", [{}, {"use_cache": False}, {"use_cache": True}])
+@pytest.mark.parametrize("mask", [None, torch.ones(1, 50)])
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_packed_documents_do_not_meet(kind, mask, values):
+    model, given = make(kind), tokens(1)
+    together = run(model, given, position_ids=PLACES, attention_mask=mask, **values)
+    assert torch.allclose(together, alone(model, given), atol=3e-6)
+
+
+def test_documents_of_a_collator():
+    from transformers import DataCollatorWithFlattening
+
+    model, given = make("llama"), tokens(1)
+    parts = [{"input_ids": part[0].tolist()} for part in given.split(LENGTHS, 1)]
+    batch = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_position_ids=True)(parts)
+    expected = alone(model, given)
+    assert torch.allclose(model(**batch).logits, expected, atol=3e-6)
+    ends = {name: x for name, x in batch.items() if name not in ("labels", "position_ids")}
+    ends["cu_seq_lens_k"] = ends["cu_seq_lens_q"]
+    register_with_transformers("dilated_unrotated", DILATED)
+    model = make("llama", "dilated_unrotated", rope_parameters={"rope_type": "default", "rope_theta": 1e30})
+    a, b = model(**ends).logits, model(**batch).logits  # one frequency is left, so positions count a little
+    assert (a - b).abs().max() < 0.3 * (a - run(model, given)).abs().max()
+    with pytest.raises(ValueError, match="cu_seq_lens_k must go from 0 to the 50 tokens"):
+        model(**ends | {"cu_seq_lens_k": torch.tensor([0, 25], dtype=torch.int32)})
+
+
+def test_documents_in_a_batch_and_beside_padding():
+    model, given = make("llama"), tokens(2)
+    two = torch.cat([torch.arange(n) for n in (11, 32)])
+    places = torch.stack((PLACES[0], torch.cat((torch.ones(7, dtype=torch.long), two))))
+    real = torch.arange(50) >= torch.tensor([[0], [7]])
+    out = run(model, given, position_ids=places, attention_mask=real.long())
+    assert torch.allclose(out[:1], alone(model, given[:1]), atol=3e-6)
+    assert torch.allclose(out[1:, 7:], alone(model, given[1:, 7:], (11, 32)), atol=3e-6)
+
+
+def test_a_cache_of_documents_goes_on_with_the_last():
+    model, given = make("llama"), tokens(1)
+    for make_cache in (lambda: DynamicCache(config=model.config), lambda: StaticCache(model.config, max_cache_len=60)):
+        cache, parts = make_cache(), []
+        for part, at in zip(given.split((44, 3, 1, 2), 1), PLACES.split((44, 3, 1, 2), 1)):
+            parts.append(run(model, part, position_ids=at, past_key_values=cache, use_cache=True))
+        assert torch.allclose(torch.cat(parts, 1), alone(model, given), atol=3e-6)
+
+
+def test_gaps_in_a_mask_begin_no_document():
+    model, given, real = make("llama"), tokens(1), torch.ones(1, 50).long()
+    real[:, 20:24] = 0
+    counted = (real.cumsum(1) - 1).clamp(min=0)
+    out = run(model, given, attention_mask=real, position_ids=counted)
+    short = torch.cat((given[:, :20], given[:, 24:]), 1)
+    assert torch.allclose(out[:, real[0].bool()], run(model, short), atol=3e-6)
+    as_they_are = run(model, given, attention_mask=real)
+    places = torch.cat((torch.arange(20), torch.arange(24, 50)))[None]
+    seen = run(model, short, position_ids=places, attention_mask=torch.ones(1, 46))
+    assert not torch.allclose(as_they_are[:, real[0].bool()], seen, atol=1e-3)  # there the positions do jump
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_model_that_keeps_its_positions_to_itself(packed):
+    "GPT-BigCode gives the attention no position_ids; transformers says by the mask that documents are packed."
+    torch.manual_seed(0)
+    config = GPTBigCodeConfig(vocab_size=99, n_embd=64, n_layer=1, n_head=4, n_inner=64, n_positions=64)
+    model, given = GPTBigCodeForCausalLM._from_config(config, attn_implementation="dilated").eval(), tokens(1)
+    if packed:
+        out = run(model, given, position_ids=PLACES, use_cache=False)
+        assert torch.allclose(out, alone(model, given), atol=3e-6)
+    else:
+        assert torch.equal(run(model, given), run(model, given, use_cache=False))
+
+
+# ---------------------------------------------------------------- padding, precision
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_batch_under_autocast(side):
+    model, real = make("llama"), torch.arange(50) < torch.tensor([[50], [31]])
+    real = real.flip(1) if side == "left" else real
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(tokens(), attention_mask=real.long(), labels=tokens())
+        rows = [run(model, row[seen][None])[0] for row, seen in zip(tokens(), real)]
+    out.loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    exact = run(model, tokens(), attention_mask=real.long())
+    for together, row, seen in zip(out.logits, rows, real):
+        assert (together[seen] - row).abs().max() < 0.1 * exact.abs().max()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_nan_under_padding_reaches_nobody(side):
+    model, real = make("llama"), torch.arange(50) < torch.tensor([[50], [31]])
+    real = real.flip(1) if side == "left" else real
+    x = model.get_input_embeddings()(tokens()).detach()
+    bad = x.masked_fill(~real[..., None], float("nan")).requires_grad_()
+    x.requires_grad_()
+    for cache in (False, True):
+        a, b = (model(inputs_embeds=y, attention_mask=real.long(), use_cache=cache).logits[real] for y in (x, bad))
+        assert torch.equal(a, b)
+        for grads in zip(*(torch.autograd.grad(y.square().sum(), z) for y, z in ((a, x), (b, bad)))):
+            assert torch.equal(*(grad[real] for grad in grads))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_six_query_and_two_key_heads(dtype):
+    "With a full cache, a static one and padding on the left; beams too."
+    model = make("llama", num_attention_heads=6, num_key_value_heads=2, hidden_size=96).to(dtype)
+    given, real = tokens(3), torch.stack([torch.arange(50) >= 50 - n for n in (50, 31, 6)])
+    options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, attention_mask=real.long())
+    dynamic, static = (model.generate(given, cache_implementation=name, **options) for name in ("dynamic", "static"))
+    beams = model.generate(given, num_beams=3, **options)
+    if dtype == torch.float32:
+        assert torch.equal(dynamic, static)
+        for row, seen, out, best in zip(given, real, dynamic, beams):
+            single = options | dict(attention_mask=torch.ones(1, int(seen.sum())))
+            assert torch.equal(model.generate(row[seen][None], **single)[0, int(seen.sum()) :], out[50:])
+            assert torch.equal(model.generate(row[seen][None], num_beams=3, **single)[0, int(seen.sum()) :], best[50:])
+    model(given, labels=given, attention_mask=real.long()).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+# ---------------------------------------------------------------- traced
+
+
+@pytest.fixture
+def fresh_graphs():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_compiling_the_whole_model(fresh_graphs, padded, backend):
+    model, real = make("llama", num_hidden_layers=1, num_key_value_heads=2), torch.ones(2, 50).long()
+    real[0, :9] = 0
+    values = dict(use_cache=False) | (dict(attention_mask=real) if padded else {})
+    seen = real.bool() if padded else ...
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    assert torch.allclose(run(compiled, tokens(), **values)[seen], run(model, tokens(), **values)[seen], atol=1e-5)
+    compiled(tokens(), labels=tokens(), **values).loss.backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model(tokens(), labels=tokens(), **values).loss.backward()
+    assert all(torch.allclose(a, p.grad, atol=1e-5) for a, p in zip(grads, model.parameters()))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_compiled_model_packs_by_the_values_that_come(fresh_graphs, packed):
+    model, given = make("llama", num_hidden_layers=1), tokens(1)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    run(compiled, given, position_ids=torch.arange(50)[None], use_cache=False)
+    places = PLACES if packed else torch.arange(50)[None]
+    out = run(compiled, given, position_ids=places, use_cache=False)
+    assert torch.allclose(out, alone(model, given) if packed else run(model, given), atol=3e-6)
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("static", [False, True])
+def test_compiling_the_steps_of_a_cache(fresh_graphs, static, backend):
+    model, real = make("llama", num_hidden_layers=1, num_key_value_heads=2), torch.ones(2, 50).long()
+    real[0, :9] = 0
+    places = (real.cumsum(1) - 1).clamp(min=0)
+    whole = run(model, tokens(), attention_mask=real, position_ids=places)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    cache = StaticCache(model.config, max_cache_len=60) if static else DynamicCache(config=model.config)
+    start, parts = 0, []
+    for n in (40, 1, 1, 8):
+        values = dict(attention_mask=real[:, : start + n], position_ids=places[:, start : start + n])
+        one = run(compiled, tokens()[:, start : start + n], past_key_values=cache, use_cache=True, **values)
+        parts, start = [*parts, one], start + n
+    assert torch.allclose(torch.cat(parts, 1)[real.bool()], whole[real.bool()], atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_other_masks_are_refused_while_compiling_too(fresh_graphs, window):
+    torch.manual_seed(0)
+    config = MistralConfig(**SIZE, num_key_value_heads=2, sliding_window=8 if window else None)
+    model = MistralForCausalLM._from_config(config, attn_implementation="dilated").eval()
+    compiled, values = torch.compile(model, backend="eager", fullgraph=True), dict(use_cache=False)
+    if window:
+        with pytest.raises((ValueError, torch._dynamo.exc.TorchDynamoException)):
+            compiled(tokens(), **values)
+    else:
+        assert torch.allclose(run(compiled, tokens(), **values), run(model, tokens(), **values), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_exporting_at_one_length_and_running_at_others(kind, padded):
+    model = make(kind, **(dict(use_cache=False) if kind == "llama" else {}))
+    n, given = torch.export.Dim("n", min=4, max=256), {"input_ids": tokens()}
+    given |= {"attention_mask": torch.ones(2, 50).long()} if padded else {}
+    shapes = {name: {1: n} for name in given}
+    exported = torch.export.export(model, (), given, dynamic_shapes=shapes, strict=False).module()
+    for length in (50, 37, 90):
+        values, seen = {"input_ids": tokens(n=length)}, torch.ones(2, length).bool()
+        if padded:
+            seen = torch.arange(length) >= torch.tensor([[0], [9]])
+            values["attention_mask"] = seen.long()
+        with torch.no_grad():
+            assert torch.allclose(exported(**values)[0][seen], run(model, **values)[seen], atol=1e-5)
+
+
+# ---------------------------------------------------------------- other families
+
+
+@pytest.mark.parametrize(
+    ("cls", "config"),
+    [
+        (GPTNeoXForCausalLM, GPTNeoXConfig(**SIZE)),
+        (MistralForCausalLM, MistralConfig(**SIZE, num_key_value_heads=2, sliding_window=None)),
+    ],
+)
+@pytest.mark.parametrize("padded", [False, True])
+def test_other_families_with_one_full_branch(cls, config, padded):
+    models = []
+    for name in ("dilated_full", "sdpa"):
+        torch.manual_seed(0)
+        models.append(cls._from_config(config, attn_implementation=name).eval())
+    real = torch.arange(50) >= torch.tensor([[0], [19 * padded]])
+    a, b = (run(model, tokens(), attention_mask=real.long())[real] for model in models)
+    assert torch.allclose(a, b, atol=3e-6)
+
+
+def test_pictures_with_one_full_branch():
+    pixels, models = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)), []
+    for name in ("dilated_full", "sdpa", "dilated"):
+        torch.manual_seed(0)
+        config = ViTConfig(**{k: v for k, v in SIZE.items() if k != "vocab_size"}, image_size=16, patch_size=2)
+        models.append(ViTModel._from_config(config, attn_implementation=name).eval())
+    full, sdpa, dilated = (run(model, pixels) for model in models)
+    assert torch.allclose(full, sdpa, atol=3e-6) and not torch.allclose(dilated, sdpa, atol=1e-3)
