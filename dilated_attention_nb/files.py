@@ -184,22 +184,24 @@ class _Owner:
     descriptor: int | None = None  # None where there are no locks
 
 
-_owners: dict[Path, _Owner] = {}
-_door = threading.Condition()  # to the owners
+class _Process:
+    "The folders that this process owns, and the door to them."
+
+    def __init__(self) -> None:
+        self.owners: dict[Path, _Owner] = {}
+        self.door = threading.Condition()
+
+    def forget(self) -> None:
+        "A forked child owns nothing: its copies of the descriptors would keep the locks after the owner's death."
+        for owner in self.owners.values():
+            if owner.descriptor is not None:
+                os.close(owner.descriptor)
+        self.owners, self.door = {}, threading.Condition()
 
 
-def _forget() -> None:
-    "A forked child owns nothing: its copies of the descriptors would keep the locks after the owner's death."
-    global _door
-    _door = threading.Condition()
-    for owner in _owners.values():
-        if owner.descriptor is not None:
-            os.close(owner.descriptor)
-    _owners.clear()
-
-
+_process = _Process()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+    os.register_at_fork(after_in_child=_process.forget)
 
 
 def _locked(path: Path, flags: int, how: str) -> int | None:
@@ -274,13 +276,13 @@ def owned(folder: str | os.PathLike[str], wait: bool = False) -> Iterator[None]:
     Raises `ValueError` with the owner's process if there is one; with `wait`, the end of its short work is waited for.
     """
     key, thread, process = Path(folder).resolve(), threading.get_ident(), os.getpid()
-    with _door:
-        while (owner := _owners.get(key)) is not None and owner.thread != thread:
+    with _process.door:
+        while (owner := _process.owners.get(key)) is not None and owner.thread != thread:
             if not wait or owner.stays:
                 raise _refusal(key)
-            _door.wait()
+            _process.door.wait()
         if owner is None:
-            own = _owners[key] = _Owner(thread, not wait)
+            own = _process.owners[key] = _Owner(thread, not wait)
         else:
             own = owner
             own.count += 1
@@ -295,16 +297,16 @@ def owned(folder: str | os.PathLike[str], wait: bool = False) -> Iterator[None]:
 
 def _leave(folder: Path, own: _Owner) -> None:
     "The last one out removes the lock."
-    with _door:
+    with _process.door:
         own.count -= 1
         if own.count:
             return
-        del _owners[folder]
+        del _process.owners[folder]
         if own.descriptor is not None:
             if _is(folder / _LOCK, own.descriptor):
                 (folder / _LOCK).unlink(missing_ok=True)
             os.close(own.descriptor)
-        _door.notify_all()
+        _process.door.notify_all()
 
 
 @contextmanager

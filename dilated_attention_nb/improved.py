@@ -71,8 +71,6 @@ class Workspace:
     def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         "A tensor with any content. What was asked for under this name before must not be in use any more."
         size = prod(shape)
-        if size < 2**16:  # two views of a buffer would cost more
-            return torch.empty(shape, dtype=dtype, device=self.device)
         buffer = self.buffers.get((name, dtype))
         if buffer is None or buffer.numel() < size:
             buffer = self.buffers[name, dtype] = torch.empty(size, dtype=dtype, device=self.device)
@@ -229,6 +227,7 @@ class Options:
     copy: tuple[str, ...]  # what to gather by copying also where a view would do
     only: tuple[int, ...] | None = None  # the branches to compute, None: all
     filled: int = 0  # places of each segment that `fill_segments` added
+    clean: bool = False  # nothing that isn't finite lies where the mask hides it
 
     @property
     def divisor(self) -> int:
@@ -317,7 +316,9 @@ def attend_part(
     "`(out, lse)` of a part, `[b * segments, count, heads, ...]`."
     inputs = ("q", q, part.rows), ("k", k, part.keys), ("v", v, part.keys)
     gq, gk, gv = (gather(space, name, x, side, name in options.copy) for name, x, side in inputs)
-    o, l = attend_forward(gq, gk, gv, options.is_causal, part.padding(mask), options.scale, options.backend)
+    o, l = attend_forward(
+        gq, gk, gv, options.is_causal, part.padding(mask), options.scale, options.backend, options.clean
+    )
     if part.zeros:
         merge_(o, l, torch.zeros_like(o), torch.full_like(l, part.zeros).log_())
     return o, l
@@ -415,7 +416,9 @@ def pull_part(
         o.mul_(options.divisor)
     l = gather(space, "lse", lse, rows, True)
     padding = part.padding(mask)
-    return attend_backward(do, gq, gk, gv, o, l, options.is_causal, padding, options.scale, options.backend)
+    return attend_backward(
+        do, gq, gk, gv, o, l, options.is_causal, padding, options.scale, options.backend, options.clean
+    )
 
 # %% ../nbs/07_improved.ipynb #5d0c9a71
 class Rows:
@@ -519,7 +522,7 @@ def forward_into(
     out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options, space: Workspace
 ) -> None:
     "Leave merged out and lse of whole sequences where they belong."
-    q = finite_padding(q, mask)
+    q = q if options.clean else finite_padding(q, mask)
     options, shifted = options.split(k.shape[1])
     if options.backend == "triton":
         from dilated_attention_nb.triton_forward import fused_forward
@@ -542,7 +545,8 @@ def backward_into(
     mask: Tensor | None, options: Options, space: Workspace,
 ) -> None:  # fmt: skip
     "Leave dq, dk, dv of whole sequences where they belong."
-    dout, q = finite_padding(dout, mask), finite_padding(q, mask)
+    if not options.clean:
+        dout, q = finite_padding(dout, mask), finite_padding(q, mask)
     options, shifted = options.split(k.shape[1])
     if shifted:
         sums = tuple(x if x.dtype == lse.dtype else torch.empty_like(x, dtype=lse.dtype) for x in grads)
@@ -629,6 +633,7 @@ def packed_forward(
     options: Options, ragged: str, space: Workspace,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     "Merged out and lse, each document a sequence of its own; tokens of no document get `(0, -inf)`."
+    options = replace(options, clean=mask is None)  # excess is 0
     packed, x = Workspace(q.device), [y.flatten(0, 1) for y in (q, k, v)]
     out, lse = _bare(q, cu_q), _bare(q[..., 0], cu_q, -inf, wide_dtype(q))
     for rows, keys in document_batches(q, k, cu_q, cu_k, options, ragged):
@@ -644,6 +649,7 @@ def packed_backward(
     cu_q: Tensor, cu_k: Tensor, options: Options, ragged: str, space: Workspace,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     "dq, dk, dv, each document a sequence of its own; tokens of no document, or keys of no query, get 0."
+    options = replace(options, clean=mask is None)  # excess is 0
     packed, grads = Workspace(q.device), [_bare(x, cu) for x, cu in ((q, cu_q), (k, cu_k), (v, cu_k))]
     for grad in grads[1:] if q.shape[1] < k.shape[1] else ():
         grad.zero_()

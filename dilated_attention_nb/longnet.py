@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import register_flop_formula
 
 from dilated_attention_nb.config import (
     BACKENDS,
@@ -59,6 +58,7 @@ from dilated_attention_nb.multihead import (
     resolve_kind,
     takes_documents,
 )
+from .partial import count_operations
 
 # %% ../nbs/12_longnet.ipynb #5c75ec12
 POSITIONS = ("xpos", "rope", "none")
@@ -514,7 +514,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, dlosses: Tensor, _: Any) -> tuple[Tensor, Tensor, None, None]:
+def _losses_backward(ctx: Any, dlosses: Tensor, _: Any) -> tuple[Tensor, Tensor, None, None]:
     "With create_graph=True in operations that have derivatives themselves, of all logits at once."
     if not torch.is_grad_enabled():
         return *losses_backward_op(dlosses, *ctx.saved_tensors, ctx.ignored), None, None
@@ -526,19 +526,21 @@ def _backward(ctx: Any, dlosses: Tensor, _: Any) -> tuple[Tensor, Tensor, None, 
     return dlogits @ weight, (dlogits.T @ x).to(weight.dtype), None, None
 
 
-losses_op.register_autograd(_backward, setup_context=_save)
+losses_op.register_autograd(_losses_backward, setup_context=_save)
 
 
-@register_flop_formula(torch.ops.dilated_attention_nb.token_losses)
-def _flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+def _operations(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
     "Of the product with the head."
-    return 2 * int(x[0]) * int(weight[0]) * int(weight[1])
+    return 2 * x.shape[0] * weight.numel()
 
 
-@register_flop_formula(torch.ops.dilated_attention_nb.token_losses_backward)
-def _backward_flops(dlosses: Any, x: Any, weight: Any, *_: Any, **__: Any) -> int:
+def _backward_operations(dlosses: Tensor, x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
     "The logits again, and two gradients."
-    return 3 * _flops(x, weight)
+    return 3 * _operations(x, weight)
+
+
+_ours = torch.ops.dilated_attention_nb
+count_operations({_ours.token_losses: _operations, _ours.token_losses_backward: _backward_operations})
 
 # %% ../nbs/12_longnet.ipynb #0e730884
 def token_losses(
@@ -611,17 +613,17 @@ def check_tokens(
 def _twin_class(cls: Any) -> Any:
     "A `cls` that shares everything with a module of that class, except that it evaluates, and its children too."
 
-    def __getattr__(self: Any, name: str) -> Any:
+    def child(self: Any, name: str) -> Any:
         twins = object.__getattribute__(self, "_modules")
         return twins[name] if name in twins else super(twin, self).__getattr__(name)
 
-    def __eq__(self: Any, other: Any) -> bool:
+    def same(self: Any, other: Any) -> bool:
         return getattr(other, "source", other) is self.source
 
     body = {
-        "__slots__": ("_modules", "source"), "__getattr__": __getattr__, "twin_of": cls, "__module__": cls.__module__,
+        "__slots__": ("_modules", "source"), "__getattr__": child, "twin_of": cls, "__module__": cls.__module__,
         "training": property(lambda self: False), "_compiled_call_impl": property(lambda self: None),
-        "__eq__": __eq__, "__hash__": lambda self: hash(self.source),  # FSDP looks its state up
+        "__eq__": same, "__hash__": lambda self: hash(self.source),  # FSDP looks its state up
     }  # fmt: skip
     twin: Any = type(cls.__name__, (cls,), body)
     return twin

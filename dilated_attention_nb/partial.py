@@ -434,6 +434,7 @@ def attend_forward(
     key_padding_mask: Bool[Tensor, "b m"] | None,  # True is padding
     scale: float,
     backend: str,  # as `resolve_backend` returned it
+    clean: bool = False,  # keys and values are finite where they are padding
 ) -> tuple[Float[Tensor, "b n h d"], Float[Tensor, "b n h"]]:
     "`(out, lse)` of one part, unchecked; fused kernels record no gradient. Causal queries are the last `n` of `m`."
     past, joined = k.shape[1] - q.shape[1], _joined(q, k, is_causal, backend)
@@ -441,11 +442,11 @@ def attend_forward(
         cuts = slice(0, past), slice(past, None)
         masks = [None if key_padding_mask is None else key_padding_mask[:, cut] for cut in cuts]
         old, new = (
-            attend_forward(q, k[:, cut], v[:, cut], causal, mask, scale, backend)
+            attend_forward(q, k[:, cut], v[:, cut], causal, mask, scale, backend, clean)
             for cut, mask, causal in zip(cuts, masks, (False, True))
         )
         return merge(*old, *new)
-    k, v = absent(k, key_padding_mask), absent(v, key_padding_mask)
+    k, v = (k, v) if clean else (absent(k, key_padding_mask), absent(v, key_padding_mask))
     q, k, v = (_rows_contiguous(x).transpose(1, 2) for x in (q, k, v))
     bias = _bias(key_padding_mask, q)
     bias = _causal_bias(q, k, bias) if joined else bias
@@ -486,6 +487,7 @@ def attend_backward(
     key_padding_mask: Bool[Tensor, "b m"] | None,
     scale: float,
     backend: str,
+    clean: bool = False,  # keys and values are finite where they are padding
 ) -> tuple[Float[Tensor, "b n h d"], Float[Tensor, "b m h d"], Float[Tensor, "b m h d"]]:  # dq, dk, dv
     "The share of one part in the gradient of the joint softmax. Sum dq over the parts of a row, dk and dv over rows."
     past, joined = k.shape[1] - q.shape[1], _joined(q, k, is_causal, backend)
@@ -493,13 +495,13 @@ def attend_backward(
         cuts = slice(0, past), slice(past, None)
         masks = [None if key_padding_mask is None else key_padding_mask[:, cut] for cut in cuts]
         old, new = (
-            attend_backward(dout, q, k[:, cut], v[:, cut], out, lse, causal, mask, scale, backend)
+            attend_backward(dout, q, k[:, cut], v[:, cut], out, lse, causal, mask, scale, backend, clean)
             for cut, mask, causal in zip(cuts, masks, (False, True))
         )
         return old[0] + new[0], torch.cat([old[1], new[1]], 1), torch.cat([old[2], new[2]], 1)
     if key_padding_mask is not None:
         lse = lse.masked_fill(lse == -inf, 0.0)
-    k, v = absent(k, key_padding_mask), absent(v, key_padding_mask)
+    k, v = (k, v) if clean else (absent(k, key_padding_mask), absent(v, key_padding_mask))
     dout, q, k, v, out = (_rows_contiguous(x).transpose(1, 2) for x in (dout, q, k, v, out))
     bias = _bias(key_padding_mask, q)
     bias = _causal_bias(q, k, bias) if joined else bias

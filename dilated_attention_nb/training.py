@@ -10,7 +10,7 @@ __all__ = ['SKIPPED', 'SEPARATOR', 'VOCAB', 'LONGEST_NGRAM', 'STAGES', 'MODULE',
            'load_checkpoint', 'bits_per_byte', 'compressed_bits_per_byte', 'with_branches', 'forward_seconds',
            'sample_tokens', 'noted_signals', 'train', 'read_metrics', 'sequence_worker', 'origin', 'context_lengths',
            'finish', 'load_run', 'table', 'parse', 'new_folder', 'calibrated_seconds', 'choose_device', 'start_run',
-           'Stopped', 'launched_run', 'resume_run', 'check_unfinished', 'demo']
+           'StoppedError', 'launched_run', 'resume_run', 'check_unfinished', 'demo']
 
 # %% ../nbs/15_training.ipynb #c17f4f5f
 import argparse
@@ -843,7 +843,7 @@ def choose_device(name: str | None) -> str:
 def start_run(
     given: dict[str, Any], out: Path, began: float, team: Team | None = None, noted: Sequence[int] = ()
 ) -> tuple[Path, TrainingConfig, Corpus]:
-    "A new folder with a configuration. Raises `ValueError`, or `Stopped` by a signal, before anything is written."
+    "A new folder with a configuration. Raises `ValueError`, or `StoppedError` by a signal, before anything is written."
     team, device, corpus = team or Team(), choose_device(given["device"]), read_corpus(given["text"])
     model = LongNetConfig(
         given["width"], given["layers"], given["heads"], given["segments"], given["rates"],
@@ -872,7 +872,7 @@ def start_run(
         budget, seconds = 60 * minutes, calibrated_seconds(config, corpus, team)
         plan = team.agreed(lambda: make_plan(seconds, 0.8 * budget - (time.monotonic() - began), config.context))
     if team.any(bool(noted)):
-        raise Stopped
+        raise StoppedError
     run, config = Path(team.agreed(lambda: str(new_folder(out, given["name"])))), replace(config, plan=plan)
     if team.first:
         write_file(run / "config.json", config.to_json())
@@ -881,7 +881,7 @@ def start_run(
     return run, config, corpus
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     "A signal came before anything was written."
 
 
@@ -967,7 +967,7 @@ def demo(argv: Sequence[str] | None = None) -> int:  # the exit status: 0, 2 for
                 return 0 if done else 128 + (noted or [signal.SIGTERM])[0]
             whole = model if team.size == 1 else with_branches(model, config, *branches)  # without rings
             results = finish(run, config, corpus, whole, noted) if done and not noted else None
-        except Stopped:
+        except StoppedError:
             print("stopped by a signal before the first step; nothing was written", file=sys.stderr)
             return 128 + (noted or [signal.SIGTERM])[0]
         except (OSError, ValueError) as error:

@@ -77,6 +77,7 @@ SOFTMAXES = {  # softmax, logsumexp
     "block_shares": "what a scorer of blocks should learn; computes no output",
     "scorer_loss": "a cross-entropy",
     "losses_op": "the logsumexp of a cross-entropy",
+    "_losses_backward": "the gradient of a cross-entropy, differentiable",
 }
 EXPONENTIALS = {
     "math_forward": "the plain backend",
@@ -92,8 +93,8 @@ PRODUCTS = {  # of matrices
     "scorer_loss": "scores of blocks",
     "_chunks": "logits of tokens",
     "losses_backward_op": "the gradient of a cross-entropy",
-    "LongNet.forward": "logits of tokens",
-    "_next_logits": "logits of tokens",
+    "_losses_backward": "the gradient of a cross-entropy, differentiable",
+    "token_losses": "logits of tokens, under torch.func",
     "project": "projections",
     "DilatedMHA.forward": "projections",
     "_readable": "contrast of two colours",
@@ -209,7 +210,6 @@ DILATIONS = {
     "Tiles.merge_zeros": "how many tokens a strip has",
     # A cache of one segment keeps the grid in slots: token i in slot (i mod w) // r.
     "_Branch.store": "slots of a cache",
-    "_Branch.parts": "slots of a cache",
     "read": "blocks at equal distances",
     "_portions": "blocks at equal distances",
     # The fused kernel's plan is made of residues; no tensor is cut.

@@ -50,8 +50,8 @@ from dilated_attention_nb.config import (
     check_scale,
     valid_lengths,
 )
-from dilated_attention_nb.gigapath import GigaPathSlideEncoder
-from dilated_attention_nb.longnet import LongNet, longnet_tiny
+from dilated_attention_nb.gigapath import GigaPathConfig, GigaPathSlideEncoder
+from dilated_attention_nb.longnet import LongNet, LongNetConfig, longnet_tiny
 from dilated_attention_nb.multihead import KINDS, create_dilated_attention, create_multihead_dilated_attention
 
 NAN, INF = float("nan"), float("inf")
@@ -417,6 +417,27 @@ def test_json_that_was_meddled_with_is_checked():
         DilatedAttentionConfig.from_json(text.replace('"dropout": 0.0', '"dropout": NaN'))
     with pytest.raises(TypeError, match=r"segment_lengths\[0\]"):
         DilatedAttentionConfig.from_json(text.replace("4,", "true,"))
+
+
+@pytest.mark.parametrize("number", [10**9, 10**18, 10**5000], ids=["1e9", "1e18", "1e5000"])
+@pytest.mark.parametrize(
+    ("cls", "field"),
+    [(MultiheadConfig, "embed_dim"), (MultiheadConfig, "num_heads"), (MultiheadConfig, "num_kv_heads"),
+     (LongNetConfig, "num_layers"), (LongNetConfig, "embed_dim"), (LongNetConfig, "num_heads"),
+     (LongNetConfig, "ffn_dim"), (GigaPathConfig, "depth"), (GigaPathConfig, "embed_dim"),
+     (SparseAttentionConfig, "block_size")],
+)  # fmt: skip
+def test_absurd_sizes_are_refused_by_name(cls, field, number):
+    with pytest.raises(ValueError, match=f"{field} must be at most"):
+        cls(**(GOOD.get(cls, {}) | {field: number}))
+
+
+def test_json_without_end_is_refused():
+    for text in ("[" * 10**5, '{"segment_lengths": ' * 10**5, '{"segment_lengths": [' + "9" * 5000 + "]}"):
+        with pytest.raises(ValueError, match="must be the JSON of a DilatedAttentionConfig"):
+            DilatedAttentionConfig.from_json(text)
+    with pytest.raises(ValueError, match="segment_lengths must have at most 1024 entries"):
+        DilatedAttentionConfig([1] * 10**6, [1] * 10**6)
 
 
 def test_the_nearest_field_is_named():

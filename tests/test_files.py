@@ -394,7 +394,7 @@ def test_absurd_models_are_refused_at_once(values, tmp_path):
 @pytest.mark.parametrize(
     "text",
     ["", "{", "[" * 10**5, '{"a":' * 10**5 + "1" + "}" * 10**5, "9" * 10**4, "\ufeff{}", "[1] 2", "nul", '{"a": 1,}'],
-    ids=range(9),
+    ids=list("abcdefghi"),
 )
 def test_json_that_is_none(text, tmp_path):
     (tmp_path / "a.json").write_text(text, encoding="utf-8")
@@ -436,7 +436,7 @@ HEADERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("header", HEADERS, ids=range(len(HEADERS)))
+@pytest.mark.parametrize("header", HEADERS, ids=[str(i) for i in range(len(HEADERS))])
 def test_headers_that_lie_are_refused(header, tmp_path):
     path = header_file(tmp_path / "a.safetensors", header, bytes(8))
     for read in (tensors_of, read_tensors):
