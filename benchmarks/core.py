@@ -103,6 +103,53 @@ def floor() -> dict[str, Any]:
     return {"n": N, "heads": H, "head_dim": D, "segment_lengths": LENGTHS, "dilation_rates": RATES, "rows": rows}
 
 
+def processor_time(runs: dict[str, Callable[[], Any]], repeats: int, calls: int) -> dict[str, list[float]]:
+    "Seconds of the processor a call, for runs that alternate within this process."
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    for _ in range(repeats):
+        for name, run in runs.items():
+            begin = time.process_time()
+            for _ in range(calls):
+                run()
+            seconds[name].append((time.process_time() - begin) / calls)
+    return seconds
+
+
+def small() -> dict[str, Any]:
+    "Calls of 64 tokens, float32, one thread, against one dense `scaled_dot_product_attention`: time of the processor."
+    from dilated_attention_nb.improved import dilated_attention
+
+    lengths, rates, rows = (8, 16, 32, 64), (1, 2, 4, 8), []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    q, k, v, dout = (torch.randn(1, 64, H, D) for _ in range(4))
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    for mixing in ("softmax", "groups"):
+        for causal in (True, False):
+
+            def ours(x: Any = (q, k, v), mixing: str = mixing, causal: bool = causal) -> torch.Tensor:
+                return dilated_attention(*x, lengths, rates, is_causal=causal, mixing=mixing)
+
+            def theirs(x: Any = (q, k, v), causal: bool = causal) -> torch.Tensor:
+                swapped = (y.transpose(1, 2) for y in x)
+                return torch.nn.functional.scaled_dot_product_attention(*swapped, is_causal=causal).transpose(1, 2)
+
+            for what in ("forward", "forward+backward"):
+                runs: dict[str, Callable[[], Any]] = {
+                    name: (lambda f=f: torch.autograd.grad(f(leaves), leaves, dout)) if what != "forward" else f
+                    for name, f in (("dilated", ours), ("dense", theirs))
+                }
+                seconds = processor_time(runs, 31, 20 if what == "forward" else 10)
+                row = {"mixing": mixing, "causal": causal, "what": what, "ratio": ratio(seconds, "dilated", "dense")}
+                rows.append(row | {f"{name}_us": t * 1e6 for name, t in medians(seconds).items()})
+                print(rows[-1], flush=True)
+    torch.set_num_threads(threads)
+    about = {"n": 64, "heads": H, "head_dim": D, "dtype": "float32", "threads_used": 1, "clock": "processor"}
+    return about | {"segment_lengths": lengths, "dilation_rates": rates, "rows": rows}
+
+
 def dense() -> dict[str, Any]:
     "`dilated_attention` against dense `scaled_dot_product_attention`, causal bfloat16."
     from dilated_attention_nb.improved import dilated_attention
@@ -233,6 +280,7 @@ def packed() -> dict[str, Any]:
 SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "causal_mask": causal_mask,
     "floor": floor,
+    "small": small,
     "dense": dense,
     "million": million,
     "packed": packed,

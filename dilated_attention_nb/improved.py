@@ -71,8 +71,6 @@ class Workspace:
     def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         "A tensor with any content. What was asked for under this name before must not be in use any more."
         size = prod(shape)
-        if size < 2**16:  # two views of a buffer would cost more
-            return torch.empty(shape, dtype=dtype, device=self.device)
         buffer = self.buffers.get((name, dtype))
         if buffer is None or buffer.numel() < size:
             buffer = self.buffers[name, dtype] = torch.empty(size, dtype=dtype, device=self.device)
