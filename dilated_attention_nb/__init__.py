@@ -301,6 +301,7 @@ if TYPE_CHECKING:
         share_in_ring as share_in_ring,
         share_positions as share_positions,
         share_worker as share_worker,
+        without_padding as without_padding,
     )
     from dilated_attention_nb import decoding as decoding
     from dilated_attention_nb.decoding import (
@@ -708,6 +709,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "share_in_ring",
         "share_positions",
         "share_worker",
+        "without_padding",
     ),
     "decoding": (
         "JoinedCache",
@@ -1161,6 +1163,7 @@ __all__ = [
     "unreadable",
     "valid_lengths",
     "with_branches",
+    "without_padding",
     "write_file",
     "write_tensors",
     "zigzag_parts",

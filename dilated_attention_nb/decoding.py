@@ -289,7 +289,7 @@ def _steps(
 @torch.no_grad()
 def _next_logits(model: LongNet, tokens: Tensor, cache: LongNetCache | JoinedCache) -> Float[Tensor, "b vocab"]:
     "Of what follows the last token. Called with its hooks, but uncompiled: a cache differs at every step."
-    logits: Tensor = model._call_impl(tokens, cache=cache, last=1)
+    logits: Tensor = model._call_impl(tokens, cache=cache, last=1)  # type: ignore[no-untyped-call]
     return logits[:, -1]
 
 

@@ -73,69 +73,92 @@ class DilatedMHA(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Float[Tensor, "b n e"], Tensor | None]:
         "As `nn.MultiheadAttention`. Raises `ValueError` or `TypeError` for what dilated attention can't do."
-        for name, x in (("query", query), ("key", key), ("value", value)):
-            if not isinstance(x, Tensor) or x.dim() not in (2, 3) or x.shape[-1] != self.embed_dim:
-                shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-                rule = f"be a tensor [batch, tokens, {self.embed_dim}] or [tokens, {self.embed_dim}]"
-                raise ValueError(complaint(name, rule, shape, "embed the tokens first"))
-            if not x.is_floating_point():
-                raise TypeError(complaint(name, "be a floating-point tensor", x.dtype, "embed the tokens first"))
-            if x.dim() != query.dim():
-                rule, advice = f"have query's {query.dim()} dimensions", "give all a batch, or none"
-                raise ValueError(complaint(name, rule, tuple(x.shape), advice))
-            check_home(name, x, self.in_proj_weight)
+        _check_self_inputs(self, query, key, value)
         turned, single = not self.batch_first and query.dim() == 3, query.dim() == 2
         inputs = [x.transpose(0, 1) if turned else x[None] if single else x for x in (query, key, value)]
-        b, n, _ = inputs[0].shape
-        if any(x.shape[1] != n for x in inputs[1:]):
-            got = f"{inputs[1].shape[1]} keys and {inputs[2].shape[1]} values for {n} queries"
-            raise ValueError(
-                complaint("key", "have as many tokens as query", got, "only self-attention can be dilated")
-            )
-        padding = None if key_padding_mask is None else _padding_of(key_padding_mask)
-        padding = padding[None] if padding is not None and single else padding
         causal = is_causal or attn_mask is not None
-        if attn_mask is not None and not _is_causal_mask(attn_mask, n):
-            rule = f"be None or the causal mask of {n} tokens"
-            shape = tuple(attn_mask.shape) if isinstance(attn_mask, Tensor) else type(attn_mask).__name__
-            raise ValueError(complaint("attn_mask", rule, shape, "segments and grids say the rest"))
+        if attn_mask is not None:
+            _check_causal_mask(attn_mask, inputs[0].shape[1], is_causal)
+        padding = order = None
+        if key_padding_mask is not None:  # padding takes no place: real tokens first, then back
+            padding = _padding_of(key_padding_mask, inputs[0], single)
+            order = padding.to(torch.uint8).argsort(dim=1, stable=True)
+            padding, back = padding.gather(1, order), order.argsort(1)
+            inputs = [_reorder(x, order) for x in inputs]
         biases = 3 * [None] if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         flat = [F.linear(x, *wb) for x, *wb in zip(inputs, self.in_proj_weight.chunk(3), biases)]
         q, k, v = (x.unflatten(2, (self.num_heads, -1)) for x in flat)
         out = self.attention(q, k, v, is_causal=causal, key_padding_mask=padding).flatten(2)
         out = self.out_proj(F.dropout(out, self.config.dropout, self.training))
+        out = out if order is None else _reorder(out, back)
         out = out.transpose(0, 1) if turned else out[0] if single else out
         if not need_weights:
             return out, None
         weights = attention_weights(self.attention, q, k, causal, padding)
-        weights = weights.mean(1) if average_attn_weights else weights
+        weights = weights.mean(1, keepdim=True) if average_attn_weights else weights
+        if order is not None:
+            weights = _reorder(_reorder(weights.permute(0, 2, 3, 1), back).transpose(1, 2), back).permute(0, 3, 2, 1)
+        weights = weights[:, 0] if average_attn_weights else weights
         return out, weights[0] if single else weights
 
+# %% ../nbs/14_interop.ipynb #d41f6c01
+def _check_self_inputs(mha: nn.MultiheadAttention, query: Any, key: Any, value: Any) -> None:
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(x, Tensor) or x.dim() not in (2, 3) or x.shape[-1] != mha.embed_dim:
+            shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            rule = f"be a tensor [batch, tokens, {mha.embed_dim}] or [tokens, {mha.embed_dim}]"
+            raise ValueError(complaint(name, rule, shape, "embed the tokens first"))
+        if not x.is_floating_point():
+            raise TypeError(complaint(name, "be a floating-point tensor", x.dtype, "embed the tokens first"))
+        if x.dim() != query.dim():
+            rule, advice = f"have query's {query.dim()} dimensions", "give all a batch, or none"
+            raise ValueError(complaint(name, rule, tuple(x.shape), advice))
+        check_home(name, x, mha.in_proj_weight)
+    tokens = 0 if query.dim() == 2 or not mha.batch_first else 1
+    n, nk, nv = (x.shape[tokens] for x in (query, key, value))
+    if nk != n or nv != n:
+        got = f"{nk} keys and {nv} values for {n} queries"
+        raise ValueError(complaint("key", "have as many tokens as query", got, "only self-attention can be dilated"))
 
-def _padding_of(mask: Any) -> Bool[Tensor, "b n"]:
-    "PyTorch's layers turn bool masks into floats, 0 and -inf."
+
+def _reorder(x: Shaped[Tensor, "b n *rest"], order: Int[Tensor, "b n"]) -> Shaped[Tensor, "b n *rest"]:
+    return x.gather(1, order.view(*order.shape, *(x.dim() - 2) * [1]).expand_as(x))
+
+
+def _padding_of(mask: Any, x: Float[Tensor, "b n e"], single: bool) -> Bool[Tensor, "b n"]:
+    "PyTorch's layers turn bool masks into floats, 0 and -inf. What can't be read is taken to be such."
     if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(complaint("key_padding_mask", "be a bool tensor", got, "True is padding"))
+    mask = mask[None] if single else mask
+    if mask.shape != x.shape[:2]:
+        rule, advice = f"have shape {tuple(x.shape[:2])}", "one entry for each token"
+        raise ValueError(complaint("key_padding_mask", rule, tuple(mask.shape), advice))
     if mask.dtype == torch.bool:
         return mask
     padding = mask == float("-inf")
-    if not (padding | (mask == 0)).all():
+    if readable(mask) and not (padding | (mask == 0)).all():
         got = "other numbers"
         raise ValueError(complaint("key_padding_mask", "be bool, or 0 and -inf", got, "a bias on keys isn't supported"))
     return padding
 
 
-def _is_causal_mask(mask: Any, n: int) -> bool:
-    if not isinstance(mask, Tensor):
-        return False
-    future = torch.ones(n, n, dtype=torch.bool, device=mask.device).triu(1)
-    if mask.shape != future.shape:
-        return False
-    hidden = mask if mask.dtype == torch.bool else mask == float("-inf")
-    return torch.equal(hidden, future) and (mask.dtype == torch.bool or not mask[~future].any())
+def _check_causal_mask(mask: Any, n: int, is_causal: bool) -> None:
+    "In a traced forward, which reads no values, `is_causal` says it."
+    future = torch.ones(n, n, dtype=torch.bool, device=getattr(mask, "device", None)).triu(1)
+    causal = isinstance(mask, Tensor) and mask.shape == future.shape
+    if causal and readable(mask):
+        hidden = mask if mask.dtype == torch.bool else mask == float("-inf")
+        causal = torch.equal(hidden, future) and (mask.dtype == torch.bool or not mask[~future].any())
+    elif causal and not is_causal:
+        rule, advice = "come with is_causal=True in a traced forward", "say it, or leave the mask out"
+        raise ValueError(complaint("attn_mask", rule, is_causal, advice))
+    if not causal:
+        rule = f"be None or the causal mask of {n} tokens"
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(complaint("attn_mask", rule, shape, "segments and grids say the rest"))
 
-
+# %% ../nbs/14_interop.ipynb #d41f6c02
 def replace_attention(model: nn.Module, config: DilatedAttentionConfig) -> nn.Module:
     """Put dilated attention into every `nn.MultiheadAttention` of a model that attends to itself; returns the model.
 
