@@ -242,9 +242,9 @@ class Options:
         if self.backend == "triton":
             check_unshifted(n, *self.branches, "zeros", "with backend='triton'")
         unmoved = tuple(g for g, p in enumerate(shifts) if not p)
-        every = len(shifts)
-        return replace(self, only=unmoved, shifts=False), [
-            replace(self, segment_lengths=(w + p,) * every, zeros=False, only=(g,), filled=p, shifts=False)
+        every, still = len(shifts), replace(self, shifts=False)
+        return replace(still, only=unmoved), [
+            replace(still, segment_lengths=(w + p,) * every, zeros=False, only=(g,), filled=p)
             for g, (w, p) in enumerate(zip(self.segment_lengths, shifts)) if p
         ]  # fmt: skip
 
@@ -555,7 +555,8 @@ def backward_into(
         dout, q = finite_padding(dout, mask), finite_padding(q, mask)
     options, shifted = options.split(k.shape[1])
     if shifted:
-        sums: Any = tuple(x if x.dtype == lse.dtype else torch.empty_like(x, dtype=lse.dtype) for x in grads)
+        dq, dk, dv = (x if x.dtype == lse.dtype else torch.empty_like(x, dtype=lse.dtype) for x in grads)
+        sums = dq, dk, dv
         backward_into(sums, dout, q, k, v, out, lse, mask, options, space)
         for one in shifted:
             add_shifted(sums, dout, q, k, v, out, lse, mask, one, space)
@@ -593,10 +594,17 @@ def shifted_windows(options: Options, q: Tensor) -> Iterator[tuple[slice, slice,
         yield rows, tokens, (last - first) * places
 
 
-def filled_inputs(options: Options, tokens: slice, *inputs: Tensor | None) -> list[Tensor | None]:
+def filled_inputs(options: Options, tokens: slice, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     "Some tokens of each, in filled segments."
     w, p = options.segment_lengths[0] - options.filled, options.filled
-    return [None if x is None else fill_segments(x[:, tokens], w, p) for x in inputs]
+    q, k, v = (fill_segments(x[:, tokens], w, p) for x in (q, k, v))
+    return q, k, v
+
+
+def filled_mask(options: Options, tokens: slice, mask: Tensor | None) -> Tensor | None:
+    "The padding mask of these tokens: zero keys are no padding."
+    w, p = options.segment_lengths[0] - options.filled, options.filled
+    return None if mask is None else fill_segments(mask[:, tokens], w, p)
 
 
 def merge_shifted(
@@ -605,7 +613,8 @@ def merge_shifted(
     "Merge one branch whose rows are shifted into `out` and `lse`."
     for rows, tokens, places in shifted_windows(options, q):
         o, l = (x.new_empty((x.shape[0], places, *x.shape[2:])) for x in (out, lse))
-        forward_into(o, l, *filled_inputs(options, tokens, q, k, v, mask), options, space)  # type: ignore[arg-type]
+        x, padding = filled_inputs(options, tokens, q, k, v), filled_mask(options, tokens, mask)
+        forward_into(o, l, *x, padding, options, space)
         o, l, there = o[:, : rows.stop - rows.start], l[:, : rows.stop - rows.start], out[:, rows]
         weight = merge_lse_(lse[:, rows], l)
         there.copy_(torch.lerp(there.to(l.dtype), o.to(l.dtype), weight))
@@ -620,9 +629,9 @@ def add_shifted(
         more = places - (rows.stop - rows.start)
         do, o = (pad(x[:, rows], (0, 0, 0, 0, 0, more)) for x in (dout, out))
         l = pad(lse[:, rows], (0, 0, 0, more), value=inf)
-        gq, gk, gv, padding = filled_inputs(options, tokens, q, k, v, mask)
-        parts = tuple(torch.empty_like(x) for x in (gq, gk, gv))  # type: ignore[arg-type]
-        backward_into(parts, do, gq, gk, gv, o, l, padding, options, space)  # type: ignore[arg-type]
+        x, padding = filled_inputs(options, tokens, q, k, v), filled_mask(options, tokens, mask)
+        parts = torch.empty_like(x[0]), torch.empty_like(x[1]), torch.empty_like(x[2])
+        backward_into(parts, do, *x, o, l, padding, options, space)
         for grad, part in zip(grads, parts):
             real = part.unflatten(1, (-1, options.segment_lengths[0]))[:, :, : -options.filled].flatten(1, 2)
             grad[:, tokens].add_(real[:, : tokens.stop - tokens.start])
@@ -663,9 +672,11 @@ def packed_backward(
     x = [y.flatten(0, 1) for y in (dout, q, k, v, out, lse)]
     for rows, keys in document_batches(q, k, cu_q, cu_k, options, ragged):
         at = rows, rows, keys, keys, rows, rows
-        inputs: Any = [side.read(y, name, packed) for y, name, side in zip(x, ("dout", *"qkv", "out", "lse"), at)]
+        do, *qkv, o, l = [side.read(y, name, packed) for y, name, side in zip(x, ("dout", *"qkv", "out", "lse"), at)]
         parts: Any = tuple(side.room(g, name, packed) for g, name, side in zip(grads, ("dq", "dk", "dv"), at[1:]))
-        backward_into(parts, *inputs, keys.hidden(mask, options.is_causal, packed), options, space)
+        backward_into(
+            parts, do, qkv[0], qkv[1], qkv[2], o, l, keys.hidden(mask, options.is_causal, packed), options, space
+        )
         for grad, part, side in zip(grads, parts, at[1:]):
             side.write(grad, part)
     dq, dk, dv = (grad[:-1].view(y.shape) for grad, y in zip(grads, (q, k, v)))

@@ -722,5 +722,5 @@ def _flash_backward_operations(dout: Tensor, *x: Any, **how: Any) -> int:
     return _flash_operations(*x, backward=True, **how)
 
 
-_of_cpu = {"": _flash_operations, "_backward": _flash_backward_operations}
+_of_cpu: dict[str, Callable[..., int]] = {"": _flash_operations, "_backward": _flash_backward_operations}
 count_operations({getattr(_aten, f"_scaled_dot_product_flash_attention_for_cpu{way}"): f for way, f in _of_cpu.items()})
