@@ -185,7 +185,7 @@ class DilatedAttention(ConfiguredModule):
         lengths = ends.diff().tolist()
         masks = [None] * len(lengths) if mask is None else mask.split(lengths, 1)
         documents = zip(*(x.split(lengths, 1) for x in (q, k, v)), masks)
-        return torch.cat([self._attend(*x, is_causal, m) if x[0].shape[1] else x[0] for *x, m in documents], 1)
+        return torch.cat([self._attend(a, b, c, is_causal, m) if a.shape[1] else a for a, b, c, m in documents], 1)
 
     def extra_repr(self) -> str:
         return f"{self.config}, backend={self.backend!r}"

@@ -242,9 +242,9 @@ class Options:
         if self.backend == "triton":
             check_unshifted(n, *self.branches, "zeros", "with backend='triton'")
         unmoved = tuple(g for g, p in enumerate(shifts) if not p)
-        every, still = len(shifts), {"shifts": False}
-        return replace(self, only=unmoved, **still), [
-            replace(self, segment_lengths=(w + p,) * every, zeros=False, only=(g,), filled=p, **still)
+        every, still = len(shifts), replace(self, shifts=False)
+        return replace(still, only=unmoved), [
+            replace(still, segment_lengths=(w + p,) * every, zeros=False, only=(g,), filled=p)
             for g, (w, p) in enumerate(zip(self.segment_lengths, shifts)) if p
         ]  # fmt: skip
 
@@ -437,10 +437,12 @@ class Rows:
     def read(self, x: Tensor, name: str, space: Workspace, fill: float = 0) -> Tensor:
         "Their tokens `[documents, length, ...]`: a view if they are adjacent, else a copy with `fill` as the excess."
         if self.adjacent:
-            return x.narrow(0, self.first, self.shape[0] * self.shape[1]).unflatten(0, self.shape)
+            adjacent: Tensor = x.narrow(0, self.first, self.shape[0] * self.shape[1]).unflatten(0, self.shape)
+            return adjacent
         buffer = space(name, (len(self.index), *x.shape[1:]), x.dtype)
         torch.index_select(x, 0, self.index, out=buffer)
-        return (buffer if self.whole else buffer.index_fill_(0, self.excess, fill)).unflatten(0, self.shape)
+        copy: Tensor = (buffer if self.whole else buffer.index_fill_(0, self.excess, fill)).unflatten(0, self.shape)
+        return copy
 
     def room(self, x: Tensor, name: str, space: Workspace) -> Tensor:
         "Where to leave results for `write`: in `x` itself if they are adjacent."
@@ -458,8 +460,9 @@ class Rows:
             return self.read(mask.flatten(0, 1), "mask", space, True)
         if self.whole or is_causal:
             return None
-        hidden = space("mask", (len(self.index),), torch.bool).zero_()
-        return hidden.index_fill_(0, self.excess, True).unflatten(0, self.shape)
+        places = space("mask", (len(self.index),), torch.bool).zero_()
+        hidden: Tensor = places.index_fill_(0, self.excess, True).unflatten(0, self.shape)
+        return hidden
 
 # %% ../nbs/07_improved.ipynb #5d0c9a72
 def document_rows(cu_seqlens: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -514,8 +517,11 @@ def document_batches(
             size = max(1, options.portion // (int(k_lengths[documents].max()) * numbers))
             for first in range(0, len(documents), size):
                 some = torch.tensor(documents[first : first + size])
-                sides_of_some = (q_starts[some], q_lengths[some]), (k_starts[some], k_lengths[some])
-                yield tuple(Rows(*side, q.device) for side in sides_of_some)
+                rows, keys = (
+                    Rows(q_starts[some], q_lengths[some], q.device),
+                    Rows(k_starts[some], k_lengths[some], q.device),
+                )
+                yield rows, keys
 
 # %% ../nbs/07_improved.ipynb #5d0c9a73
 def forward_into(
@@ -527,7 +533,7 @@ def forward_into(
     if options.backend == "triton":
         from dilated_attention_nb.triton_forward import fused_forward
 
-        how = (options.is_causal, options.mixing, options.offsets, options.zeros, options.scale, options.use_tf32)
+        how: Any = (options.is_causal, options.mixing, options.offsets, options.zeros, options.scale, options.use_tf32)
         o, l = fused_forward(q, absent(k, mask), absent(v, mask), mask, *options.branches, *how)
         out.copy_(o), lse.copy_(l)
         return
@@ -549,7 +555,8 @@ def backward_into(
         dout, q = finite_padding(dout, mask), finite_padding(q, mask)
     options, shifted = options.split(k.shape[1])
     if shifted:
-        sums = tuple(x if x.dtype == lse.dtype else torch.empty_like(x, dtype=lse.dtype) for x in grads)
+        dq, dk, dv = (x if x.dtype == lse.dtype else torch.empty_like(x, dtype=lse.dtype) for x in grads)
+        sums = dq, dk, dv
         backward_into(sums, dout, q, k, v, out, lse, mask, options, space)
         for one in shifted:
             add_shifted(sums, dout, q, k, v, out, lse, mask, one, space)
@@ -559,7 +566,7 @@ def backward_into(
     if options.backend == "triton":
         from dilated_attention_nb.triton_backward import fused_backward
 
-        how = (options.is_causal, options.mixing, options.offsets, options.scale, options.use_tf32)
+        how: Any = (options.is_causal, options.mixing, options.offsets, options.scale, options.use_tf32)
         k, v = absent(k, mask), absent(v, mask)
         for grad, result in zip(grads, fused_backward(dout, q, k, v, out, lse, mask, *options.branches, *how)):
             grad.copy_(result)
@@ -587,10 +594,17 @@ def shifted_windows(options: Options, q: Tensor) -> Iterator[tuple[slice, slice,
         yield rows, tokens, (last - first) * places
 
 
-def filled_inputs(options: Options, tokens: slice, *inputs: Tensor | None) -> list[Tensor | None]:
+def filled_inputs(options: Options, tokens: slice, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     "Some tokens of each, in filled segments."
     w, p = options.segment_lengths[0] - options.filled, options.filled
-    return [None if x is None else fill_segments(x[:, tokens], w, p) for x in inputs]
+    q, k, v = (fill_segments(x[:, tokens], w, p) for x in (q, k, v))
+    return q, k, v
+
+
+def filled_mask(options: Options, tokens: slice, mask: Tensor | None) -> Tensor | None:
+    "The padding mask of these tokens: zero keys are no padding."
+    w, p = options.segment_lengths[0] - options.filled, options.filled
+    return None if mask is None else fill_segments(mask[:, tokens], w, p)
 
 
 def merge_shifted(
@@ -599,7 +613,8 @@ def merge_shifted(
     "Merge one branch whose rows are shifted into `out` and `lse`."
     for rows, tokens, places in shifted_windows(options, q):
         o, l = (x.new_empty((x.shape[0], places, *x.shape[2:])) for x in (out, lse))
-        forward_into(o, l, *filled_inputs(options, tokens, q, k, v, mask), options, space)  # type: ignore[arg-type]
+        x, padding = filled_inputs(options, tokens, q, k, v), filled_mask(options, tokens, mask)
+        forward_into(o, l, *x, padding, options, space)
         o, l, there = o[:, : rows.stop - rows.start], l[:, : rows.stop - rows.start], out[:, rows]
         weight = merge_lse_(lse[:, rows], l)
         there.copy_(torch.lerp(there.to(l.dtype), o.to(l.dtype), weight))
@@ -614,9 +629,9 @@ def add_shifted(
         more = places - (rows.stop - rows.start)
         do, o = (pad(x[:, rows], (0, 0, 0, 0, 0, more)) for x in (dout, out))
         l = pad(lse[:, rows], (0, 0, 0, more), value=inf)
-        gq, gk, gv, padding = filled_inputs(options, tokens, q, k, v, mask)
-        parts = tuple(torch.empty_like(x) for x in (gq, gk, gv))  # type: ignore[arg-type]
-        backward_into(parts, do, gq, gk, gv, o, l, padding, options, space)  # type: ignore[arg-type]
+        x, padding = filled_inputs(options, tokens, q, k, v), filled_mask(options, tokens, mask)
+        parts = torch.empty_like(x[0]), torch.empty_like(x[1]), torch.empty_like(x[2])
+        backward_into(parts, do, *x, o, l, padding, options, space)
         for grad, part in zip(grads, parts):
             real = part.unflatten(1, (-1, options.segment_lengths[0]))[:, :, : -options.filled].flatten(1, 2)
             grad[:, tokens].add_(real[:, : tokens.stop - tokens.start])
@@ -638,9 +653,10 @@ def packed_forward(
     out, lse = _bare(q, cu_q), _bare(q[..., 0], cu_q, -inf, wide_dtype(q))
     for rows, keys in document_batches(q, k, cu_q, cu_k, options, ragged):
         o, l = rows.room(out, "out", packed), rows.room(lse, "lse", packed)
-        inputs = (side.read(y, name, packed) for name, y, side in zip("qkv", x, (rows, keys, keys)))
-        forward_into(o, l, *inputs, keys.hidden(mask, options.is_causal, packed), options, space)
-        rows.write(out, o), rows.write(lse, l)
+        queries, *others = (side.read(y, name, packed) for name, y, side in zip("qkv", x, (rows, keys, keys)))
+        forward_into(o, l, queries, others[0], others[1], keys.hidden(mask, options.is_causal, packed), options, space)
+        rows.write(out, o)
+        rows.write(lse, l)
     return out[:-1].view(q.shape), lse[:-1].view(q.shape[:3])
 
 
@@ -656,9 +672,11 @@ def packed_backward(
     x = [y.flatten(0, 1) for y in (dout, q, k, v, out, lse)]
     for rows, keys in document_batches(q, k, cu_q, cu_k, options, ragged):
         at = rows, rows, keys, keys, rows, rows
-        inputs = [side.read(y, name, packed) for y, name, side in zip(x, ("dout", *"qkv", "out", "lse"), at)]
-        parts = tuple(side.room(g, name, packed) for g, name, side in zip(grads, ("dq", "dk", "dv"), at[1:]))
-        backward_into(parts, *inputs, keys.hidden(mask, options.is_causal, packed), options, space)
+        do, *qkv, o, l = [side.read(y, name, packed) for y, name, side in zip(x, ("dout", *"qkv", "out", "lse"), at)]
+        parts: Any = tuple(side.room(g, name, packed) for g, name, side in zip(grads, ("dq", "dk", "dv"), at[1:]))
+        backward_into(
+            parts, do, qkv[0], qkv[1], qkv[2], o, l, keys.hidden(mask, options.is_causal, packed), options, space
+        )
         for grad, part, side in zip(grads, parts, at[1:]):
             side.write(grad, part)
     dq, dk, dv = (grad[:-1].view(y.shape) for grad, y in zip(grads, (q, k, v)))
@@ -789,7 +807,7 @@ class TransformedBackward(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         "Nothing is needed to refuse."
 
-    backward = staticmethod(_no_second_derivative)
+    backward = staticmethod(_no_second_derivative)  # type: ignore[assignment]
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -858,7 +876,7 @@ def dilated_attention(
         check_length(k.shape[1], segment_lengths, ragged)
         if q.shape[1] < k.shape[1]:
             check_unshifted(k.shape[1], segment_lengths, dilation_rates, ragged, "with fewer queries than keys")
-        documents = None, None
+        documents: tuple[Tensor | None, Tensor | None] = None, None
     else:
         documents = check_documents(cu_seqlens, cu_seqlens_q, q, k)
     factor = q.shape[-1] ** -0.5 if (scale := check_scale(scale)) is None else scale
@@ -868,7 +886,7 @@ def dilated_attention(
         )
     branches = list(segment_lengths), list(dilation_rates)
     how = (is_causal, mixing, offsets, ragged, factor, backend, use_tf32)
-    operator = Transformed.apply if torch._C._are_functorch_transforms_active() else forward_op
+    operator: Any = Transformed.apply if torch._C._are_functorch_transforms_active() else forward_op
     out: Tensor = operator(q, k, v, key_padding_mask, *branches, *how, *documents)[0]
     return out
 
@@ -917,7 +935,7 @@ class Packing:
     In a traced forward nothing reads values: all places are kept, the real ones first, the rest zeroed.
     """
 
-    shape: tuple[int, int]  # of the padding mask: rows, places
+    shape: tuple[int, ...]  # of the padding mask: rows, places
     index: Int[Tensor, " tokens"]  # of each token among all places
     real: Bool[Tensor, " tokens"] | None  # which of them are tokens; None: all
     cu_seqlens: Int[Tensor, " rows+1"]  # where the rows end in the packed sequence, int32
@@ -945,7 +963,8 @@ class Packing:
         "The tokens where they came from; padding is 0, and so is its gradient."
         rows, places = self.shape
         whole = x.new_zeros((rows * places, *x.shape[2:]))
-        return whole.index_copy(0, self.index, self._cleared(x[0])).unflatten(0, self.shape)
+        padded: Tensor = whole.index_copy(0, self.index, self._cleared(x[0])).unflatten(0, self.shape)
+        return padded
 
     def _cleared(self, x: Tensor) -> Tensor:
         "What is no token set to 0."

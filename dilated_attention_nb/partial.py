@@ -691,7 +691,7 @@ class _WhenImported(MetaPathFinder):
         spec = find_spec(name)
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
-            spec.loader.exec_module = lambda module: (run(module), self.then())  # type: ignore[method-assign, assignment, return-value]
+            spec.loader.exec_module = lambda module: (run(module), self.then())  # type: ignore[method-assign, assignment]
         return spec
 
 
@@ -718,11 +718,9 @@ def _flash_operations(q: Tensor, k: Tensor, *_: Any, backward: bool = False, **_
     return product_operations(q.shape[:3].numel() * k.shape[2], q.shape[3], backward)
 
 
-count_operations(
-    {
-        _aten._scaled_dot_product_flash_attention_for_cpu: _flash_operations,
-        _aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda dout, *x, **how: _flash_operations(
-            *x, backward=True
-        ),
-    }
-)
+def _flash_backward_operations(dout: Tensor, *x: Any, **how: Any) -> int:
+    return _flash_operations(*x, backward=True, **how)
+
+
+_of_cpu: dict[str, Callable[..., int]] = {"": _flash_operations, "_backward": _flash_backward_operations}
+count_operations({getattr(_aten, f"_scaled_dot_product_flash_attention_for_cpu{way}"): f for way, f in _of_cpu.items()})

@@ -408,7 +408,7 @@ def check_against_oracle(
     got, near = _run(fn, inputs, above), _run(plain, inputs, above)
     seen, factor = _unpadded(counts, mask), q.shape[3] ** -0.5 if scale is None else scale
     whole = [x.detach().to("cpu", torch.float64).requires_grad_() for x in inputs]
-    shown = _shown(*whole, list(counts))
+    shown = _shown(whole[0], whole[1], whole[2], list(counts))
     size, terms = _magnitudes(*shown, dout, seen, zeros, divisor, factor), sum(q.shape[1:]) + seen.shape[3]
     if len(counts) > 1:  # a query or key that is shown several times adds up all that it takes part in
         names = ("dq", "dk", "dv")
