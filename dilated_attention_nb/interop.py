@@ -122,7 +122,8 @@ def _check_self_inputs(mha: nn.MultiheadAttention, query: Any, key: Any, value: 
 
 
 def _reorder(x: Shaped[Tensor, "b n *rest"], order: Int[Tensor, "b n"]) -> Shaped[Tensor, "b n *rest"]:
-    return x.gather(1, order.view(*order.shape, *(x.dim() - 2) * [1]).expand_as(x))
+    index = order.view(*order.shape, *(x.dim() - 2) * [1]).expand_as(x)
+    return torch.gather(x, 1, index)
 
 
 def _padding_of(mask: Any, x: Float[Tensor, "b n e"], single: bool) -> Bool[Tensor, "b n"]:
@@ -134,9 +135,7 @@ def _padding_of(mask: Any, x: Float[Tensor, "b n e"], single: bool) -> Bool[Tens
     if mask.shape != x.shape[:2]:
         rule, advice = f"have shape {tuple(x.shape[:2])}", "one entry for each token"
         raise ValueError(complaint("key_padding_mask", rule, tuple(mask.shape), advice))
-    if mask.dtype == torch.bool:
-        return mask
-    padding = mask == float("-inf")
+    padding: Tensor = mask if mask.dtype == torch.bool else mask == float("-inf")
     if readable(mask) and not (padding | (mask == 0)).all():
         got = "other numbers"
         raise ValueError(complaint("key_padding_mask", "be bool, or 0 and -inf", got, "a bias on keys isn't supported"))
@@ -232,7 +231,8 @@ def _note(
     asks = (places >= offset) & (places < offset + nq) if is_causal else places >= 0
     bits = real * _REAL + asks * _ASKING
     bits = bits if begins is None else bits + (real & begins) * _FIRST
-    return bits.to(torch.uint8)[:, None, None].view(dtype)
+    note: Tensor = bits.to(torch.uint8)[:, None, None].view(dtype)
+    return note
 
 
 def _check_covers(got: int, length: int) -> None:
@@ -394,7 +394,8 @@ def _is_recording() -> bool:
         return False
     from transformers.utils.output_capturing import _active_collector
 
-    return any("attentions" in name for name in _active_collector.get() or ())
+    recorded: Any = _active_collector.get()  # type: ignore[no-untyped-call]
+    return any("attentions" in name for name in recorded or ())
 
 
 def _documents(note: Tensor, q: Tensor, k: Tensor, extra: Mapping[str, Any]) -> _Documents | None:
@@ -448,11 +449,11 @@ def _attend(
     return documents.queries.pad(dilated_attention(*packed, *branches, **options))
 
 # %% ../nbs/14_interop.ipynb #d41f6a03
-def _config_of(name: str | None) -> DilatedAttentionConfig | None:
+def _config_of(name: str) -> DilatedAttentionConfig | None:
     "The config that is registered under a name, if it is one of ours."
     from transformers import AttentionInterface
 
-    entry = AttentionInterface._global_mapping.get(name)
+    entry: Any = AttentionInterface._global_mapping.get(name)
     ours = isinstance(entry, partial) and entry.func is _attend_for_model
     return entry.keywords["config"] if ours else None
 
@@ -580,11 +581,12 @@ def _run_tiny(twin: nn.Module, inputs: dict[str, Any]) -> None:
                 raise ValueError(complaint("inputs", rule, got, advice)) from e
 
 
-def _tiny_inputs(twin: nn.Module) -> dict[str, Tensor]:
+def _tiny_inputs(twin: Any) -> dict[str, Tensor]:
     "Inputs by name, as small as the config allows."
-    c, like = twin.config, next(twin.parameters())
+    c: Any = twin.config
+    like = next(iter(twin.parameters()))
     text, vision, audio = c.get_text_config(), getattr(c, "vision_config", c), getattr(c, "audio_config", c)
-    shapes = {"pixel_values": _image_shape(vision), "input_values": (1, 4000)}
+    shapes: dict[str, tuple[int, ...]] = {"pixel_values": _image_shape(vision), "input_values": (1, 4000)}
     names = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim")
     bins = next((size for name in names if isinstance(size := getattr(audio, name, None), int)), 80)
     frames = 2 * audio.max_source_positions if isinstance(getattr(audio, "max_source_positions", None), int) else 64
@@ -640,7 +642,7 @@ def _watch(twin: nn.Module) -> tuple[list[nn.Module], set[str]]:
     runs: set[str] = set()
     for name, module in twin.named_modules():
         module._forward_hooks.clear(), module._forward_pre_hooks.clear()
-        module._dilated_calls = calls  # type: ignore[assignment]
+        module._dilated_calls = calls
         module.register_forward_pre_hook(lambda *_, name=name: runs.add(name))
     return calls, runs
 

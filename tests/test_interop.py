@@ -992,6 +992,94 @@ def test_a_decoder_keeps_its_cross_attention():
     assert torch.allclose(model(x, memory, tgt_mask=mask, tgt_is_causal=True), expected, atol=1e-6)
 
 
+DILATED = replace(FULL, segment_lengths=(6, 24), dilation_rates=(1, 3), mixing="softmax", ragged="mask")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_padding_on_the_left_on_the_right_and_none(causal):
+    model, x = replace_attention(stack(), DILATED).eval(), torch.randn(1, 17, 32)
+    alone = model(x, is_causal=causal, mask=torch.ones(17, 17).triu(1).bool() if causal else None)
+    causal_mask = torch.ones(24, 24).triu(1).bool() if causal else None
+    for start in (0, 7, 3):
+        real = (torch.arange(24) >= start) & (torch.arange(24) < start + 17)
+        padded = torch.full((1, 24, 32), float("nan")).index_copy(1, real.nonzero()[:, 0], x)
+        out = model(padded, mask=causal_mask, is_causal=causal, src_key_padding_mask=~real[None])
+        assert torch.allclose(out[:, real], alone, atol=1e-6)
+
+
+def test_weights_of_padded_rows():
+    ours, x = replace_attention(nn.MultiheadAttention(32, 4, batch_first=True), DILATED), torch.randn(1, 17, 32)
+    real = torch.arange(24) >= 7
+    padded = torch.randn(1, 24, 32).index_copy(1, real.nonzero()[:, 0], x)
+    for average in (True, False):
+        alone = ours(x, x, x, average_attn_weights=average)[1]
+        weights = ours(padded, padded, padded, key_padding_mask=~real[None], average_attn_weights=average)[1]
+        assert torch.allclose(weights[..., real, :][..., real], alone, atol=1e-6) and not weights[..., ~real].any()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_replaced_encoder_is_compiled_as_a_whole(padded, causal):
+    torch._dynamo.reset()
+    model, x = replace_attention(stack(1), DILATED), torch.randn(2, 24, 32)
+    mask = torch.ones(24, 24).triu(1).bool() if causal else None
+    options = dict(mask=mask, is_causal=causal, src_key_padding_mask=SEEN if padded else None)
+    out = torch.compile(model, backend="eager", fullgraph=True)(x, **options)
+    assert torch.allclose(out, model(x, **options), atol=1e-6)
+    torch._dynamo.reset()
+
+
+def test_a_replaced_layer_is_exported_with_any_length():
+    layer, n = replace_attention(stack(1), DILATED).eval().layers[0], torch.export.Dim("n", min=2, max=4096)
+    shapes = {"src": {1: n}, "src_key_padding_mask": {1: n}}
+    given = {"src": torch.randn(2, 24, 32), "src_key_padding_mask": SEEN}
+    exported = torch.export.export(layer, (), given, dynamic_shapes=shapes, strict=False).module()
+    for length in (24, 31):
+        x, padding = torch.randn(2, length, 32), torch.arange(length) >= torch.tensor([[length], [17]])
+        values = {"src": x, "src_key_padding_mask": padding}
+        assert torch.allclose(exported(**values)[~padding], layer(**values)[~padding], atol=1e-6)
+
+
+def test_a_traced_mask_must_be_said_to_be_causal():
+    torch._dynamo.reset()
+    ours, x = replace_attention(nn.MultiheadAttention(32, 4, batch_first=True), DILATED), torch.randn(2, 24, 32)
+    traced, mask = torch.compile(ours, backend="eager"), torch.ones(24, 24).triu(1).bool()
+    expected = ours(x, x, x, attn_mask=mask, need_weights=False)[0]
+    assert torch.allclose(traced(x, x, x, attn_mask=mask, is_causal=True, need_weights=False)[0], expected, atol=1e-6)
+    with pytest.raises(Exception, match="is_causal=True in a traced forward"):
+        torch.compile(ours, backend="eager", fullgraph=True)(x, x, x, attn_mask=mask, need_weights=False)
+    torch._dynamo.reset()
+
+
+class Lora(nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.down, self.up = base, nn.Linear(32, 2), nn.Linear(2, 32)
+
+    weight, bias = property(lambda self: self.base.weight), property(lambda self: self.base.bias)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+def test_what_stands_in_for_the_last_projection_is_called():
+    model, x = replace_attention(stack(1), DILATED), torch.randn(2, 24, 32)
+    model.layers[0].self_attn.out_proj = Lora(model.layers[0].self_attn.out_proj)
+    for training in (True, False):
+        model.train(training).zero_grad()
+        model(x, src_key_padding_mask=SEEN)[~SEEN].square().sum().backward()
+        assert model.layers[0].self_attn.out_proj.up.weight.grad.abs().sum() > 0
+
+
+def test_a_replaced_encoder_under_autocast():
+    model, x = replace_attention(stack(1), DILATED), torch.randn(2, 24, 32)
+    exact = model(x, src_key_padding_mask=SEEN)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(x, src_key_padding_mask=SEEN)
+    out[~SEEN].float().square().sum().backward()
+    assert (out - exact)[~SEEN].abs().max() < 0.1 and all(p.grad.isfinite().all() for p in model.parameters())
+
+
 # ---------------------------------------------------------------- transformers, absent
 
 
