@@ -19,7 +19,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from torch.utils.flop_counter import register_flop_formula
 
 from .block_patterns import BlockPattern
 from .block_plan import _GROUP, Lists, Portion, Scratch, Span, Woven, _small_plan, plan, read
@@ -29,7 +28,9 @@ from dilated_attention_nb.partial import (
     attend_backward,
     attend_forward,
     cast_like_autocast,
+    count_operations,
     merge_lse_,
+    product_operations,
     resolve_backend,
     tf32,
     wide_dtype,
@@ -398,16 +399,16 @@ def _pairs(q: Tensor, k: Tensor, num: Tensor, index: Tensor, size: int, is_causa
     return times * int((count & (index.cpu() <= own) if is_causal else count).sum()) * size**2
 
 
-@register_flop_formula(torch.ops.dilated_attention_nb.block_sparse_forward, get_raw=True)
 def _forward_flops(q: Tensor, k: Tensor, v: Tensor, mask: Any, *how: Any, **_: Any) -> int:
-    "Two products."
-    return 4 * q.shape[3] * _pairs(q, k, *how[:4])
+    return product_operations(_pairs(q, k, *how[:4]), q.shape[3], False)
 
 
-@register_flop_formula(torch.ops.dilated_attention_nb.block_sparse_backward, get_raw=True)
 def _backward_flops(dout: Any, q: Tensor, k: Tensor, v: Any, out: Any, lse: Any, mask: Any, *how: Any, **_: Any) -> int:
-    "Five products."
-    return 10 * q.shape[3] * _pairs(q, k, *how[:4])
+    return product_operations(_pairs(q, k, *how[:4]), q.shape[3], True)
+
+
+_ours = torch.ops.dilated_attention_nb
+count_operations({_ours.block_sparse_forward: _forward_flops, _ours.block_sparse_backward: _backward_flops})
 
 # %% ../nbs/07d_block_attention.ipynb #deffa172
 @lru_cache(maxsize=8)

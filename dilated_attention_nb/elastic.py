@@ -79,7 +79,7 @@ def _digest(path: Path) -> str:
 
 
 class _Writer(HuggingFaceStorageWriter):
-    "Adds `about.json`, with the hash of each file, when the files of all ranks are written: on the first rank alone."
+    "Adds about.json, with the hash of each file, when the files of all ranks are written: on the first rank alone."
 
     def __init__(self, path: Path, about: dict[str, Any]) -> None:
         super().__init__(str(path), save_distributed=True)
@@ -107,7 +107,7 @@ def _same_model(stored: dict[str, Any], model: dict[str, Any]) -> bool:
 
 
 def check_checkpoint(path: Path, model: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """What `about.json` says of a whole checkpoint. A `ValueError` for one that is damaged.
+    """What about.json says of a whole checkpoint. A `ValueError` for one that is damaged.
 
     One of another model is a `TypeError`; one of version 0.1, without hashes, is taken with a warning.
     """

@@ -696,7 +696,7 @@ class _WhenImported(MetaPathFinder):
 
 
 def count_operations(formulas: dict[Any, Callable[..., int]]) -> None:
-    "Let `FlopCounterMode` count these operators by the formulas, which take their arguments; known ones stay."
+    "Let PyTorch's FlopCounterMode count these operators by the formulas, which take their arguments; known ones stay."
 
     def register() -> None:
         from torch.utils.flop_counter import flop_registry, register_flop_formula

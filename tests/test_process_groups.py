@@ -16,7 +16,7 @@ from ending import KINDS
 
 from dilated_attention_nb.block_sparse_ring import BlockSparseRingDilatedAttention
 from dilated_attention_nb.config import BlockSparseRingConfig, DistributedConfig, RingAttentionConfig
-from dilated_attention_nb.distributed import DistributedLongNet
+from dilated_attention_nb.distributed import DistributedLongNet, WideNorm
 from dilated_attention_nb.improved import dilated_attention
 from dilated_attention_nb.longnet import LongNet, longnet_tiny
 from dilated_attention_nb.multihead import create_multihead_dilated_attention
@@ -270,6 +270,22 @@ def test_a_ring_under_functorch_and_its_sentences():
 def test_shards_have_derivatives_of_any_order():
     whole = torch.randn(1, 8, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda y: gather_sequence(shard_sequence(y)) ** 3, (whole,))
+
+
+def norm_worker(rank: int, world: int) -> str:
+    y = torch.randn(2, 3, 8, requires_grad=True)
+    out = WideNorm.apply(y, torch.ones(8), torch.zeros(8), 1e-5, dist.group.WORLD)
+    torch.testing.assert_close(out, torch.nn.functional.layer_norm(y, (8,)))
+    torch.autograd.grad(out.sum(), y, retain_graph=True)
+    try:
+        torch.autograd.grad(out.sum(), y, create_graph=True)
+    except NotImplementedError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_a_cut_norm_says_that_it_has_no_second_derivative():
+    assert spawn_gloo(norm_worker, 1) == ["a norm cut over ranks has no second derivative; leave tensor_shards at 1"]
 
 
 @pytest.mark.parametrize("layer", (dilated(), blocks()))
