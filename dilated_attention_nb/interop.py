@@ -335,8 +335,8 @@ def _documents(note: Tensor, q: Tensor, k: Tensor, extra: Mapping[str, Any]) -> 
     "None for whole rows. Made once for all layers, which get the same note."
     positions, ends = extra.get("position_ids"), extra.get("cu_seq_lens_k", extra.get("cu_seq_lens_q"))
     known = None if torch.compiler.is_compiling() else getattr(note, "documents", None)
-    if known is not None and known[0] is positions and known[1] is ends:
-        documents: _Documents | None = known[2]
+    if known is not None and known[0] is positions and known[1] is ends and known[2] == q.device:
+        documents: _Documents | None = known[3]
         return documents
     (b, nq), nk = q.shape[:2], k.shape[1]
     if not isinstance(positions, Tensor) or positions.shape not in ((1, nq), (b, nq)):
@@ -347,12 +347,12 @@ def _documents(note: Tensor, q: Tensor, k: Tensor, extra: Mapping[str, Any]) -> 
     if note.shape[1] or ends is not None or (positions is not None and not _go_on(positions, nk - nq)):
         at = torch.arange(nk, device=q.device)
         bits = _REAL + _ASKING * (at >= nk - nq)
-        bits = note.view(torch.uint8)[:, 0, 0] if note.shape[1] else bits.to(torch.uint8).expand(b, nk)
+        bits = note.view(torch.uint8)[:, 0, 0].to(q.device) if note.shape[1] else bits.to(torch.uint8).expand(b, nk)
         if ends is not None:
             bits = bits | _FIRST * torch.isin(at, ends[:-1].to(at)).to(torch.uint8)
-        documents = _Documents.of(bits.to(q.device), positions, nq)
+        documents = _Documents.of(bits, None if positions is None else positions.to(q.device), nq)
     if not torch.compiler.is_compiling():
-        note.documents = positions, ends, documents  # type: ignore[attr-defined]
+        note.documents = positions, ends, q.device, documents  # type: ignore[attr-defined]
     return documents
 
 
