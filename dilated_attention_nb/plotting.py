@@ -436,7 +436,7 @@ def plot_training(
     return ax
 
 # %% ../nbs/02_plotting.ipynb #8f868721
-def save_figure(drawn: Figure | Axes, path: str | os.PathLike[str]) -> None:
+def save_figure(drawn: Figure | Axes, path: str | os.PathLike[str] | io.BytesIO) -> None:
     "Write a figure, or the one that these axes stand in, as PNG to `path`, and close it; `TypeError` for neither."
     figure = drawn if isinstance(drawn, Figure) else drawn.get_figure(root=True)
     if not isinstance(figure, Figure):
@@ -445,5 +445,8 @@ def save_figure(drawn: Figure | Axes, path: str | os.PathLike[str]) -> None:
         )
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=100, metadata={"Software": None})
-    write_file(path, picture.getvalue())
+    if isinstance(path, io.BytesIO):
+        path.write(picture.getvalue())
+    else:
+        write_file(path, picture.getvalue())
     plt.close(figure)
