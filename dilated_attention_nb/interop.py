@@ -45,7 +45,7 @@ from .pretrained import save_pretrained as save_pretrained
 class DilatedMHA(nn.MultiheadAttention):
     """`nn.MultiheadAttention` whose heads attend dilatedly: same parameters, same call, self-attention only.
 
-    Dropout acts on the attention's output rather than on its weights.
+    Padding takes no place, wherever it is. Dropout acts on the attention's output rather than on its weights.
     """
 
     def __init__(self, *args: Any, config: DilatedAttentionConfig, **values: Any) -> None:
@@ -169,18 +169,18 @@ def replace_attention(model: nn.Module, config: DilatedAttentionConfig) -> nn.Mo
         raise TypeError(complaint("model", "be a module", type(model).__name__, "make one of the class"))
     if type(model) is nn.MultiheadAttention:
         return _dilated_twin(model, config)
-    found: list[tuple[nn.Module, str, DilatedMHA]] = []
+    places: list[tuple[nn.Module, str, DilatedMHA]] = []
     twins: dict[nn.Module, DilatedMHA] = {}  # a layer that stands in several places stays one
     for parent in model.modules():
         for name, child in parent._modules.items():
             crossing = isinstance(parent, nn.TransformerDecoderLayer) and name == "multihead_attn"
             if type(child) is nn.MultiheadAttention and not crossing:
                 twins[child] = twins.get(child) or _dilated_twin(child, config)
-                found.append((parent, name, twins[child]))
-    if not found:
+                places.append((parent, name, twins[child]))
+    if not places:
         rule = "have a nn.MultiheadAttention that attends to itself"
         raise ValueError(complaint("model", rule, type(model).__name__, "build one with MultiheadDilatedAttention"))
-    for parent, name, new in found:
+    for parent, name, new in places:
         setattr(parent, name, new)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):
@@ -203,7 +203,7 @@ _CAUSAL, _BIDIRECTIONAL = torch.float8_e4m3fn, torch.float8_e5m2  # dtypes of no
 _REAL, _FIRST, _ASKING = 1, 2, 4  # bits of a note: no padding, begins a document, is a query's own
 
 
-class _Refused(ValueError):
+class _RefusedError(ValueError):
     "A model asks for what dilated attention isn't."
 
 
@@ -238,7 +238,28 @@ def _note(
 def _check_covers(got: int, length: int) -> None:
     if got < length:
         rule, advice = f"cover all {length} tokens", "1 for tokens, 0 for padding, those in a cache included"
-        raise _Refused(complaint("attention_mask", rule, got, advice))
+        raise _RefusedError(complaint("attention_mask", rule, got, advice))
+
+# %% ../nbs/14_interop.ipynb #d41f6a07
+def _begins_by_position(
+    real: Bool[Tensor, "b nk"], places: Int[Tensor, "b nq"], positions: Int[Tensor, "b nq"]
+) -> Bool[Tensor, "b nk"]:
+    """Where documents begin by the queries' `position_ids`: where these don't go on by 1.
+
+    The first query's own document began as many tokens before it as its position says, if there are more in the cache.
+    """
+    b, nq = places.shape
+    positions, real_q = positions.expand(b, nq), real.gather(1, places)
+    rank = real.cumsum(1) - 1  # among the real tokens of the row
+    shift = positions - rank.gather(1, places)
+    at = torch.arange(nq, device=real.device).expand(b, nq)
+    before = torch.where(real_q, at, -1).cummax(1).values  # the last real query up to each
+    jumped = shift[:, 1:] != shift.gather(1, before.clamp(min=0))[:, :-1]
+    jumped = jumped & (positions.diff(dim=1) != 1) & (before[:, :-1] >= 0) & real_q[:, 1:]
+    begins = torch.zeros_like(real).scatter(1, places, F.pad(jumped, (1, 0)))
+    first = torch.where(real_q, at, nq).amin(1, keepdim=True).clamp(max=nq - 1)
+    behind = -shift.gather(1, first)  # tokens of earlier documents
+    return begins | (real & (rank == behind) & (behind > 0))
 
 
 @dataclass(frozen=True)
@@ -269,33 +290,7 @@ class _Documents:
         asked = F.pad(keys.unpad(asks)[0].cumsum(0), (1, 0))
         return cls(queries, keys, asked[ends], ends)
 
-
-def _begins_by_position(
-    real: Bool[Tensor, "b nk"], places: Int[Tensor, "b nq"], positions: Int[Tensor, "b nq"]
-) -> Bool[Tensor, "b nk"]:
-    """Where documents begin by the queries' `position_ids`: where these don't go on by 1.
-
-    The first query's own document began as many tokens before it as its position says, if there are more in the cache.
-    """
-    b, nq = places.shape
-    positions, real_q = positions.expand(b, nq), real.gather(1, places)
-    rank = real.cumsum(1) - 1  # among the real tokens of the row
-    shift = positions - rank.gather(1, places)
-    at = torch.arange(nq, device=real.device).expand(b, nq)
-    before = torch.where(real_q, at, -1).cummax(1).values  # the last real query up to each
-    jumped = shift[:, 1:] != shift.gather(1, before.clamp(min=0))[:, :-1]
-    jumped = jumped & (positions.diff(dim=1) != 1) & (before[:, :-1] >= 0) & real_q[:, 1:]
-    begins = torch.zeros_like(real).scatter(1, places, F.pad(jumped, (1, 0)))
-    first = torch.where(real_q, at, nq).amin(1, keepdim=True).clamp(max=nq - 1)
-    behind = -shift.gather(1, first)  # tokens of earlier documents
-    return begins | (real & (rank == behind) & (behind > 0))
-
 # %% ../nbs/14_interop.ipynb #d41f6a01
-_UNKNOWN = (
-    "softcap", "s_aux", "sinks", "position_bias", "sliding_window", "indices", "block_indices", "cache",
-)  # fmt: skip
-
-
 def _mask_for_model(
     batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, kv_offset: int = 0, mask_function: Any = None,
     attention_mask: Tensor | None = None, local_size: int | None = None, use_vmap: bool = False, device: Any = None,
@@ -306,7 +301,7 @@ def _mask_for_model(
     if not packed and mask_function is not causal and mask_function is not bidirectional or kv_offset:
         got = _name_of(mask_function)
         advice = f"{name!r} takes the place of full attention: set sliding_window=None, or what else asks for this mask"
-        raise _Refused(complaint("the model's mask", "be causal or bidirectional", got, advice))
+        raise _RefusedError(complaint("the model's mask", "be causal or bidirectional", got, advice))
     begins = None
     if packed:
         at = torch.arange(kv_length, device=device)[None, None, None]
@@ -335,75 +330,13 @@ def _name_of(function: Any) -> str:
     except AttributeError:
         return repr(function)
 
-
-def _attend_for_model(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any,
-    scaling: float | None = None, dropout: float = 0.0, *, name: str, config: DilatedAttentionConfig, masks: Any,
-    **extra: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
-    "The attention function. Raises for what dilated attention isn't."
-    counted = getattr(module, "_dilated_calls", None)
-    if counted is not None:  # by `check_dilated`, with less than a segment of tokens
-        counted.append(module)
-        config = replace(config, ragged="mask")
-    for option in _UNKNOWN:
-        if extra.get(option) is not None:
-            raise _Refused(f"dilated attention has no {option}, which {type(module).__name__} asks for")
-    if extra.get("output_attentions") or _is_recording():
-        rule, advice = "be False", "dilated attention makes no weights: take attn_implementation='eager' to see them"
-        raise _Refused(complaint("output_attentions", rule, True, advice))
-    for which, x in (("query", query), ("key", key), ("value", value)):
-        check_placement(which, x, config.device, config.dtype)
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    is_causal = _is_causal(module, attention_mask, extra.get("is_causal"), name, masks)
-    _check_self_attention(module, q.shape[1], k.shape[1], is_causal)
-    documents = None
-    if attention_mask is not None:
-        length = attention_mask.shape[3]
-        _check_covers(length, q.shape[1] if is_causal else k.shape[1])
-        k, v = k[:, :length], v[:, :length]
-        documents = _documents(attention_mask, q, k, extra)
-    out = _attend(q, k, v, documents, is_causal, scaling, config)
-    return F.dropout(out, dropout, module.training), None
-
-# %% ../nbs/14_interop.ipynb #d41f6a02
-def _is_causal(module: nn.Module, note: Any, is_causal: bool | None, name: str, masks: Any) -> bool:
-    "What the note says. Without one only a model that says of itself that it hides nothing is right."
-    if isinstance(note, Tensor) and note.dim() == 4 and note.dtype in (_CAUSAL, _BIDIRECTIONAL):
-        return note.dtype == _CAUSAL
-    hides_nothing = (getattr(module, "is_causal", None) if is_causal is None else is_causal) is False
-    if note is None and hides_nothing and name in masks._global_mapping:
-        return False
-    got = f"{note.dtype} {tuple(note.shape)}" if isinstance(note, Tensor) else type(note).__name__
-    advice = "pass a 2-D attention_mask, 1 for tokens and 0 for padding; the model may build masks of its own"
-    raise _Refused(complaint("the mask", f"come from the mask function of {name!r}", got, advice))
-
-
-def _check_self_attention(module: nn.Module, nq: int, nk: int, is_causal: bool) -> None:
-    kind = type(module).__name__
-    crosses = getattr(module, "is_decoder", False) or getattr(module, "is_cross_attention", False) or "Cross" in kind
-    if not is_causal and (crosses or nq != nk):
-        got = f"{nq} queries for {nk} keys in {kind}"
-        advice = "keys must be the queries' own tokens: a model with an encoder and a decoder can't be dilated"
-        raise _Refused(complaint("attention", "not be cross-attention", got, advice))
-
-
-def _is_recording() -> bool:
-    "Whether transformers collects the weights that its layers return."
-    if torch.compiler.is_compiling():
-        return False
-    from transformers.utils.output_capturing import _active_collector
-
-    recorded: Any = _active_collector.get()  # type: ignore[no-untyped-call]
-    return any("attentions" in name for name in recorded or ())
-
-
+# %% ../nbs/14_interop.ipynb #d41f6a08
 def _documents(note: Tensor, q: Tensor, k: Tensor, extra: Mapping[str, Any]) -> _Documents | None:
     "None for whole rows. Made once for all layers, which get the same note."
     positions, ends = extra.get("position_ids"), extra.get("cu_seq_lens_k", extra.get("cu_seq_lens_q"))
     known = None if torch.compiler.is_compiling() else getattr(note, "documents", None)
-    if known is not None and known[0] is positions and known[1] is ends:
-        documents: _Documents | None = known[2]
+    if known is not None and known[0] is positions and known[1] is ends and known[2] == q.device:
+        documents: _Documents | None = known[3]
         return documents
     (b, nq), nk = q.shape[:2], k.shape[1]
     if not isinstance(positions, Tensor) or positions.shape not in ((1, nq), (b, nq)):
@@ -414,12 +347,12 @@ def _documents(note: Tensor, q: Tensor, k: Tensor, extra: Mapping[str, Any]) -> 
     if note.shape[1] or ends is not None or (positions is not None and not _go_on(positions, nk - nq)):
         at = torch.arange(nk, device=q.device)
         bits = _REAL + _ASKING * (at >= nk - nq)
-        bits = note.view(torch.uint8)[:, 0, 0] if note.shape[1] else bits.to(torch.uint8).expand(b, nk)
+        bits = note.view(torch.uint8)[:, 0, 0].to(q.device) if note.shape[1] else bits.to(torch.uint8).expand(b, nk)
         if ends is not None:
             bits = bits | _FIRST * torch.isin(at, ends[:-1].to(at)).to(torch.uint8)
-        documents = _Documents.of(bits.to(q.device), positions, nq)
+        documents = _Documents.of(bits, None if positions is None else positions.to(q.device), nq)
     if not torch.compiler.is_compiling():
-        note.documents = positions, ends, documents  # type: ignore[attr-defined]
+        note.documents = positions, ends, q.device, documents  # type: ignore[attr-defined]
     return documents
 
 
@@ -448,6 +381,73 @@ def _attend(
     packed = documents.queries.unpad(q), documents.keys.unpad(k), documents.keys.unpad(v)
     return documents.queries.pad(dilated_attention(*packed, *branches, **options))
 
+# %% ../nbs/14_interop.ipynb #d41f6a02
+def _is_causal(module: nn.Module, note: Any, is_causal: bool | None, name: str, masks: Any) -> bool:
+    "What the note says. Without one only a model that says of itself that it hides nothing is right."
+    if isinstance(note, Tensor) and note.dim() == 4 and note.dtype in (_CAUSAL, _BIDIRECTIONAL):
+        return note.dtype == _CAUSAL
+    hides_nothing = (getattr(module, "is_causal", None) if is_causal is None else is_causal) is False
+    if note is None and hides_nothing and name in masks._global_mapping:
+        return False
+    got = f"{note.dtype} {tuple(note.shape)}" if isinstance(note, Tensor) else type(note).__name__
+    advice = "pass a 2-D attention_mask, 1 for tokens and 0 for padding; the model may build masks of its own"
+    raise _RefusedError(complaint("the mask", f"come from the mask function of {name!r}", got, advice))
+
+
+def _check_self_attention(module: nn.Module, nq: int, nk: int, is_causal: bool) -> None:
+    kind = type(module).__name__
+    crosses = getattr(module, "is_decoder", False) or getattr(module, "is_cross_attention", False) or "Cross" in kind
+    if not is_causal and (crosses or nq != nk):
+        got = f"{nq} queries for {nk} keys in {kind}"
+        advice = "keys must be the queries' own tokens: a model with an encoder and a decoder can't be dilated"
+        raise _RefusedError(complaint("attention", "not be cross-attention", got, advice))
+
+
+def _is_recording() -> bool:
+    "Whether transformers collects the weights that its layers return."
+    if torch.compiler.is_compiling():
+        return False
+    from transformers.utils.output_capturing import _active_collector
+
+    recorded: Any = _active_collector.get()  # type: ignore[no-untyped-call]
+    return any("attentions" in name for name in recorded or ())
+
+# %% ../nbs/14_interop.ipynb #d41f6a09
+_UNKNOWN = (
+    "softcap", "s_aux", "sinks", "position_bias", "sliding_window", "indices", "block_indices", "cache",
+)  # fmt: skip
+
+
+def _attend_for_model(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any,
+    scaling: float | None = None, dropout: float = 0.0, *, name: str, config: DilatedAttentionConfig, masks: Any,
+    **extra: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    "The attention function. Raises for what dilated attention isn't."
+    counted = getattr(module, "_dilated_calls", None)
+    if counted is not None:  # by `check_dilated`, with less than a segment of tokens
+        counted.append(module)
+        config = replace(config, ragged="mask")
+    for option in _UNKNOWN:
+        if extra.get(option) is not None:
+            raise _RefusedError(f"dilated attention has no {option}, which {type(module).__name__} asks for")
+    if extra.get("output_attentions") or _is_recording():
+        rule, advice = "be False", "dilated attention makes no weights: take attn_implementation='eager' to see them"
+        raise _RefusedError(complaint("output_attentions", rule, True, advice))
+    for which, x in (("query", query), ("key", key), ("value", value)):
+        check_placement(which, x, config.device, config.dtype)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    is_causal = _is_causal(module, attention_mask, extra.get("is_causal"), name, masks)
+    _check_self_attention(module, q.shape[1], k.shape[1], is_causal)
+    documents = None
+    if attention_mask is not None:
+        length = attention_mask.shape[3]
+        _check_covers(length, q.shape[1] if is_causal else k.shape[1])
+        k, v = k[:, :length], v[:, :length]
+        documents = _documents(attention_mask, q, k, extra)
+    out = _attend(q, k, v, documents, is_causal, scaling, config)
+    return F.dropout(out, dropout, module.training), None
+
 # %% ../nbs/14_interop.ipynb #d41f6a03
 def _config_of(name: str) -> DilatedAttentionConfig | None:
     "The config that is registered under a name, if it is one of ours."
@@ -469,7 +469,7 @@ def _on_choice(model: Any, name: str, making: bool) -> None:
     if now is not None and not _may_dispatch(type(model)):
         got = f"{type(model).__name__}, which computes attention itself"
         advice = "take 'eager'; for a part of a larger model, attn_implementation={'text_config': a registered name}"
-        raise _Refused(complaint("the model", "take its attention from transformers' table", got, advice))
+        raise _RefusedError(complaint("the model", "take its attention from transformers' table", got, advice))
     if making and saved is not None and now != saved and not isinstance(saved, _Branches):
         this = f"now attends with {name!r}" + ("" if now is None else f", {_branches(now)}")
         advice = "register its branches and pass attn_implementation= with that name"
@@ -569,7 +569,7 @@ def _run_tiny(twin: nn.Module, inputs: dict[str, Any]) -> None:
         try:
             twin(**attempt)
             return
-        except _Refused:
+        except _RefusedError:
             raise
         except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as e:
             if attempt is attempts[-1]:
@@ -628,7 +628,7 @@ def check_dilated(model: nn.Module, **inputs: Any) -> dict[str, int]:
     if not names:
         got = f"none in {type(model).__name__} with {getattr(model.config, '_attn_implementation', None)!r}"
         advice = "pass the registered name as attn_implementation; a class that computes attention itself can't be"
-        raise _Refused(complaint("the model", "call dilated attention", got, advice))
+        raise _RefusedError(complaint("the model", "call dilated attention", got, advice))
     others = _other_layers(twin, set(names), runs)
     if others:
         shown = ", ".join(others[:4]) + ", ..." * (len(others) > 4)

@@ -1080,6 +1080,24 @@ def test_a_replaced_encoder_under_autocast():
     assert (out - exact)[~SEEN].abs().max() < 0.1 and all(p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_gradients_of_each_sample_of_a_replaced_encoder(padded):
+    model, x = replace_attention(stack(1), DILATED), torch.randn(2, 24, 32)
+    parameters, rows = dict(model.named_parameters()), SEEN if padded else torch.zeros(2, 24).bool()
+
+    def loss(parameters, row, padding):
+        options = dict(src_key_padding_mask=padding[None] if padded else None)
+        out = torch.func.functional_call(model, parameters, (row[None],), options)[0]
+        return (out.square().sum(1) * ~padding).sum()
+
+    together = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, x, rows)
+    for i in range(2):
+        model.zero_grad()
+        out = model(x[i : i + 1], src_key_padding_mask=rows[i : i + 1] if padded else None)
+        out[0, ~rows[i]].square().sum().backward()
+        assert all(torch.allclose(together[name][i], p.grad, atol=1e-4) for name, p in parameters.items())
+
+
 # ---------------------------------------------------------------- transformers, absent
 
 
