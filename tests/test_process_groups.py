@@ -29,12 +29,14 @@ from dilated_attention_nb.testing import make_qkv, spawn_gloo
 
 
 def dilated(**options) -> RingDilatedAttention:
-    return RingDilatedAttention(RingAttentionConfig((16, 64), (1, 4), **({"mixing": "softmax"} | options)))
+    return RingDilatedAttention(
+        RingAttentionConfig((16, 64), (1, 4), **({"mixing": "softmax", "ragged": "mask"} | options))
+    )
 
 
 def blocks(**options) -> BlockSparseRingDilatedAttention:
     return BlockSparseRingDilatedAttention(
-        BlockSparseRingConfig((64,), (1,), pattern_type="random", block_size=16, **options)
+        BlockSparseRingConfig((32,), (1,), pattern_type="random", block_size=16, **options)
     )
 
 
@@ -92,7 +94,7 @@ def joins(odd):
 
 def of_a_model(odd):
     share = LongNetShare(LongNet(longnet_tiny()))
-    tokens = torch.zeros(1, 66 if odd else 64, dtype=torch.long)
+    tokens = torch.zeros(1, 64 * dist.get_world_size() + odd, dtype=torch.long)
     share(tokens, tokens)
 
 
