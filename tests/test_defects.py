@@ -273,7 +273,7 @@ def test_the_fused_kernel_has_these_properties():
 
 
 CHANGES = dict(
-    segment_lengths=(8, 32), dilation_rates=(1, 2), mixing="groups", ragged="zeros", offsets="interleaved",
+    segment_lengths=(8, 32), dilation_rates=(1, 3), mixing="groups", ragged="zeros", offsets="interleaved",
     is_causal=True, key_padding_mask=torch.arange(32)[None] < 3,
 )  # fmt: skip
 OPTIONS = {path: set(CHANGES) for path in PATHS} | {path: {"is_causal", "key_padding_mask"} for path in FIXED}
@@ -285,7 +285,7 @@ OPTIONS |= {path: set(CHANGES) - {"is_causal", "ragged"} for path in ONE_WAY}
 def test_every_option_has_an_effect(path, name):
     "Accepted and ignored: an effect of 0.0."
     q, k, v = make_qkv(1, 32, 4, 8)
-    base = dict(segment_lengths=(8, 16), dilation_rates=(1, 3), mixing="softmax", ragged="mask")
+    base = dict(segment_lengths=(8, 12), dilation_rates=(1, 2), mixing="softmax", ragged="mask")
     change, how = (
         ({name: CHANGES[name]}, {}) if name in DilatedAttentionConfig.__annotations__ else ({}, {name: CHANGES[name]})
     )
@@ -318,9 +318,10 @@ def test_scale_has_the_effect_of_scaled_queries(name):
 
 
 def test_no_option_is_left_out_of_these_tests():
-    "What the function to call takes: changed above, or about how and not what it computes."
+    "What the function to call takes: changed above, or documents, or about how and not what it computes."
     options = set(signature(dilated_attention).parameters) - set("qkv")
-    assert options == set(CHANGES) | {"scale"} | {"backend", "use_tf32"}
+    documents = {"cu_seqlens", "cu_seqlens_q"}  # tests/test_packed.py
+    assert options == set(CHANGES) | {"scale"} | documents | {"backend", "use_tf32"}
 
 
 @paths
@@ -487,24 +488,23 @@ class Profiled:
 
 MOVES = ("copy_", "cat", "index_select", "index_copy_", "clone", "contiguous", "_to_copy", "repeat", "stack")
 BRANCHES = [((8, 32), (1, 2)), ((8, 16, 32), (1, 2, 4)), ((32,), (1,)), ((16, 16), (2, 3))]
-MERGED = 4  # temporaries of the size of its lse, that a merge takes
+MERGED = 1  # temporaries of the size of its lse, that a merge takes
 
 
-def planned(sizes: tuple[int, ...], plan: tuple, backward: bool, groups: bool) -> tuple[int, list[int]]:
+def planned(sizes: tuple[int, ...], plan: improved.Plan, backward: bool, groups: bool) -> tuple[int, list[int]]:
     "Copies, and bytes of each allocation, of a float32 call in one portion: from its plan."
     b, n, h, d, divisor = sizes
-    filled = bool(plan) and improved._covers(plan[0], h, torch.empty(b, n, h, d, device="meta"))
     copies, room = 0, {}
     taken = [4 * b * n * h * d] * 3 if backward else [4 * b * n * h * d, 4 * b * n * h]  # dq, dk, dv; out, lse
-    for tile in plan:
-        rows, keys = improved.sides(tile)
-        store = groups or (filled and tile is plan[0])
+    for part in plan.parts:
+        rows, keys = part.rows, part.keys
+        segments, heads = rows[0].grid.segments, sum(one.pieces * one.serves for one in rows)
+        store = groups or (plan.filled and part.first)
         sides = [("q", rows), ("k", keys), ("v", keys)]
         sides += [("dout", rows), ("out", rows), ("lse", rows)] if backward else []
         for name, side in sides:
             copies += len(side)
-            count = tile.size[0] if side is rows else tile.size[1]
-            size = 4 * b * tile.segments * tile.num_heads * count * (1 if name == "lse" else d)
+            size = 4 * b * segments * heads * side[0].grid.count * (1 if name == "lse" else d)
             if size > room.get(name, 0):
                 room[name] = size
                 taken.append(size)
@@ -512,9 +512,8 @@ def planned(sizes: tuple[int, ...], plan: tuple, backward: bool, groups: bool) -
             copies += (len(rows) + 2 * len(keys)) * store  # else they are added
         elif store:
             copies += len(rows) * (1 + (divisor == 1))  # lse, and out unless it is divided into place
-        else:
-            copies += len(rows)  # merged into out; lse is written
-            taken += [4 * b * tile.segments * tile.size[0] * one.pieces * one.serves for one in rows] * MERGED
+        else:  # merged into out and lse themselves
+            taken += [4 * b * segments * one.grid.count * one.pieces * one.serves for one in rows] * MERGED
     return copies, sorted(taken)
 
 
@@ -529,7 +528,10 @@ def test_allocations_and_copies_are_those_planned(branches, mixing, backward):
     """
     b, n, h, d = 2, 32, 4, 8
     q, k, v = make_qkv(b, n, h, d, requires_grad=backward)
-    plan, groups = tiles(n, n, h, h, *branches, mixing), mixing == "groups"
+    plan, groups = (
+        improved.plan_portion(n, n, h, h, *branches, mixing, "blocked", False, None, 0, 0, h, n * h, b, 0),
+        mixing == "groups",
+    )
     dout = torch.randn(b, n, h, d)
 
     def forward():
@@ -540,10 +542,8 @@ def test_allocations_and_copies_are_those_planned(branches, mixing, backward):
         torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)  # what is made once is made now
     work = Profiled((lambda: torch.autograd.grad(out, (q, k, v), dout)) if backward else forward)
     copies, taken = planned((b, n, h, d, len(branches[0]) if groups else 1), plan, backward, groups)
-    assert len(work.kernels) == len(plan)
-    numbers = (
-        (1 + backward) * sum(len(improved.sides(tile)[0]) for tile in plan) if groups and len(branches[0]) > 1 else 0
-    )
+    assert len(work.kernels) == len(plan.parts)
+    numbers = (1 + backward) * sum(len(part.rows) for part in plan.parts) if groups and len(branches[0]) > 1 else 0
     assert work.count("_to_copy") == numbers  # the divisor, one number each time
     assert work.count(*MOVES) - 2 * numbers == work.count("copy_") - numbers == copies, work.counts
     assert work.allocated == taken
@@ -606,7 +606,6 @@ def planned_on_a_ring(call, workers) -> tuple[Counter, list[int]]:
                         copies.update(cat=2)
                         taken += [each * group.columns * (cut.stop - cut.start) * d] * 2
                 assert len(columns) == 1  # in this test
-                copies.update(copy_=len(group.lanes))
                 for lane in group.lanes:
                     taken += [each * len(lane.q_heads) * (rows.stop - rows.start)] * MERGED
     return copies, sorted(taken)
@@ -665,8 +664,10 @@ def test_every_tile_enters_the_output():
     whole = dilated_attention(q, k, v, (8, 16, 32), (1, 2, 4), mixing="softmax")
     for left_out in range(len(plan)):
         rest = plan[:left_out] + plan[left_out + 1 :]
+        improved.plan_portion.cache_clear()
         with mock.patch.object(improved, "tiles", return_value=rest):
             assert (dilated_attention(q, k, v, (8, 16, 32), (1, 2, 4), mixing="softmax") - whole).abs().max() > 1e-3
+    improved.plan_portion.cache_clear()
 
 
 def test_causal_mask_is_one_comparison():
@@ -689,10 +690,11 @@ def test_grids_are_made_once():
     plan = sys.modules[RING.make_plan.__module__]
     named = record_function("branch_heads")(masking.branch_heads)
     with mock.patch.object(masking, "branch_heads", named), mock.patch.object(plan, "branch_heads", named):
-        for path in (lambda: readable(q, k, v, **options), lambda: fast(q, k, v, **options)):
-            tiles.cache_clear()
-            assert [Profiled(path).counts["branch_heads"] for _ in range(4)] == [2, 0, 0, 0]
-            info = tiles.cache_info()
+        for path, plans in ((readable, tiles), (fast, improved.plan_portion)):
+            tiles.cache_clear(), plans.cache_clear()
+            asked = [Profiled(lambda path=path: path(q, k, v, **options)).counts["branch_heads"] for _ in range(4)]
+            assert asked == [2, 0, 0, 0]
+            info = plans.cache_info()
             assert (info.misses, info.hits) == (1, 3)
         asked = [Profiled(lambda: ring(q, k, v)).counts["branch_heads"] for _ in range(3)]
         assert asked == [2, 0, 0]
@@ -745,7 +747,7 @@ def test_every_attention_works_at_once(which):
     q, k, v = make_qkv(1, 32, 4, 8)
     module = modules()[which].eval()
     assert torch.equal(module(q, k, v), module(q, k, v))
-    assert torch.nn.Module in type(module).__mro__[1:3]  # rings share a class that talks to other ranks
+    assert torch.nn.Module in type(module).__mro__[1:4]  # all hold to their config; rings talk to other ranks, too
 
 
 @each_module

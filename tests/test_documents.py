@@ -39,6 +39,12 @@ GENERATED = (
 )
 # Names of other systems, which the documents compare with or explain: (name, whose).
 FOREIGN = {
+    "FlopCounterMode": "torch.utils.flop_counter",
+    "TorchFunctionMode": "torch.overrides",
+    "fullgraph": "torch.compile",
+    "dynamic": "torch.compile",
+    "assume_constant_result": "torch.compiler",
+    "to_empty": "a method of modules",
     "NCCL_SOCKET_IFNAME": "NCCL",
     "NCCL_DEBUG": "NCCL",
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "torch.distributed",
