@@ -334,7 +334,7 @@ def check_cu_seqlens(name: str, cu_seqlens: Any, x: Tensor) -> None:
 
 
 def check_documents(cu_seqlens: Any, cu_seqlens_q: Any, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    "The documents of the queries and of the keys as `forward_op` takes them."
+    "The documents of the queries and of the keys as the operator takes them."
     if cu_seqlens is None:
         advice = "it has the documents of the keys, cu_seqlens_q those of fewer queries"
         raise ValueError(complaint("cu_seqlens", "be there beside cu_seqlens_q", "None", advice))

@@ -600,7 +600,7 @@ def render(path: Path, place: Path, links: dict[str, str], key: str) -> None:
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
         body, _ = exporter().from_notebook_node(tidy(as_notebook(path), links))
-    body = ANCHOR.sub(lambda m: m[1] + m[2].lower(), body)  # as Quarto writes them, and links expect
+    body = ANCHOR.sub(lambda m: m[1] + m[2].lower().replace(":", ""), body)  # as Quarto writes them
     body = distinct(body)
     entries = search_entries(Page(place, "").target, body)
     made = dict(key=body_key(links, key), said=said.getvalue(), body=body, entries=entries)
