@@ -43,7 +43,7 @@ from dilated_attention_nb.config import (
     readable,
     row_shifts,
 )
-from .masking import Grid, Piece, Tile, clipped, fill_segments, tiles
+from .masking import Grid, Piece, Tile, attention_counts, clipped, fill_segments, tiles
 from dilated_attention_nb.partial import (
     absent,
     attend_backward,
@@ -420,6 +420,75 @@ def pull_part(
         do, gq, gk, gv, o, l, options.is_causal, padding, options.scale, options.backend, options.clean
     )
 
+# %% ../nbs/07_improved.ipynb #5d0c9b11
+_ONE_CALL = {"softmax": 2**23, "groups": 2**22}  # numbers of a dense call that costs less than a plan's calls
+_WEIGHTS = 2**18  # numbers in the weights of its keys
+
+
+@lru_cache(maxsize=64)
+def key_weights(
+    nq: int, nk: int, num_heads: int, segment_lengths: tuple[int, ...], dilation_rates: tuple[int, ...],
+    is_causal: bool, mixing: str, offsets: str, dtype: torch.dtype,
+) -> tuple[Float[Tensor, "1 h nq nk"], Bool[Tensor, "1 nq h"] | None]:  # fmt: skip
+    "The logarithm of how often a query meets each key, and the rows that meet none (None: there is no such row)."
+    with torch.inference_mode(False), torch.device("cpu"):
+        how: Any = dict(is_causal=is_causal, mixing=mixing, offsets=offsets)
+        counts = attention_counts(nq, nk, num_heads, segment_lengths, dilation_rates, **how)
+        bare = (counts.sum(2) == 0).T[None]
+        return counts.to(dtype).log()[None], bare if bool(bare.any()) else None
+
+
+def one_call(q: Tensor, k: Tensor, options: Options, backward: bool) -> tuple[Tensor, Tensor | None] | None:
+    "`key_weights` if one dense call computes this at less cost than a plan."
+    (b, nq, h, d), nk = q.shape, k.shape[1]
+    small = 0 < b * h * nq * nk * d <= _ONE_CALL[options.mixing] and h * nq * nk <= _WEIGHTS
+    small = small and q.numel() <= options.portion
+    slow = backward and q.element_size() <= 2  # PyTorch's kernel is, in half precision
+    whole = options.only is None and not options.zeros and not options.filled
+    if not small or slow or not whole or options.backend != "flash" or q.device.type != "cpu":
+        return None
+    branches = clipped(options.segment_lengths, nk), options.dilation_rates
+    return key_weights(nq, nk, h, *branches, options.is_causal, options.mixing, options.offsets, wide_dtype(q))
+
+
+def forward_at_once(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
+    "Leave merged out and lse in `out` and `lse`, in one call; whether that was possible."
+    if (weights := one_call(q, k, options, False)) is None:
+        return False
+    repeat = q.shape[2] // k.shape[2]
+    k, v = (k, v) if repeat == 1 else (x.repeat_interleave(repeat, 2) for x in (k, v))
+    o, l = attend_forward(q, k, v, False, None, options.scale, options.backend, bias=weights[0])
+    if weights[1] is not None:
+        o, l = o.masked_fill_(weights[1][..., None], 0.0), l.masked_fill_(weights[1], -inf)
+    if not o.sum(dtype=l.dtype).isfinite():
+        return False
+    out.copy_(o) if options.divisor == 1 else torch.div(o, options.divisor, out=out)
+    lse.copy_(l)
+    return True
+
+
+def backward_at_once(
+    grads: tuple[Tensor, Tensor, Tensor], dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    options: Options,
+) -> bool:  # fmt: skip
+    "Leave dq, dk, dv in `grads`, in one call; whether that was possible."
+    if (weights := one_call(q, k, options, True)) is None:
+        return False
+    if options.divisor > 1:
+        dout, out = dout / options.divisor, out * options.divisor
+    if weights[1] is not None:
+        lse = lse.masked_fill(weights[1], 0.0)
+    kv, repeat = k.shape[2], q.shape[2] // k.shape[2]
+    k, v = (k, v) if repeat == 1 else (x.repeat_interleave(repeat, 2) for x in (k, v))
+    dq, dk, dv = attend_backward(dout, q, k, v, out, lse, False, None, options.scale, options.backend, bias=weights[0])
+    if repeat > 1:
+        dk, dv = (x.unflatten(2, (kv, repeat)).sum(3) for x in (dk, dv))
+    if not (dq.sum() + dk.sum() + dv.sum()).isfinite():
+        return False
+    for grad, result in zip(grads, (dq, dk, dv)):
+        grad.copy_(result)
+    return True
+
 # %% ../nbs/07_improved.ipynb #5d0c9a71
 class Rows:
     "Where documents that are computed together lie among the tokens `[t, ...]`: side by side, or anywhere."
@@ -537,6 +606,8 @@ def forward_into(
         o, l = fused_forward(q, absent(k, mask), absent(v, mask), mask, *options.branches, *how)
         out.copy_(o), lse.copy_(l)
         return
+    if mask is None and not shifted and forward_at_once(out, lse, q, k, v, options):
+        return
     for heads, rows, keys in portions(options.portion, q, k, options.segment_lengths):
         padding = None if mask is None else mask[:, keys[0]]
         plan = options.plan(q, k, mask is not None, *heads, rows[0].stop - rows[0].start, keys[0].stop - keys[0].start)
@@ -570,6 +641,8 @@ def backward_into(
         k, v = absent(k, mask), absent(v, mask)
         for grad, result in zip(grads, fused_backward(dout, q, k, v, out, lse, mask, *options.branches, *how)):
             grad.copy_(result)
+        return
+    if mask is None and backward_at_once(grads, dout, q, k, v, out, lse, options):
         return
     dq, dk, dv = grads
     if k.shape[1] > q.shape[1]:  # some keys may meet no query

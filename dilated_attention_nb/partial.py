@@ -435,6 +435,7 @@ def attend_forward(
     scale: float,
     backend: str,  # as `resolve_backend` returned it
     clean: bool = False,  # keys and values are finite where they are padding
+    bias: Float[Tensor, "1 h n m"] | None = None,  # added to the scores, in place of a mask; -inf hides
 ) -> tuple[Float[Tensor, "b n h d"], Float[Tensor, "b n h"]]:
     "`(out, lse)` of one part, unchecked; fused kernels record no gradient. Causal queries are the last `n` of `m`."
     past, joined = k.shape[1] - q.shape[1], _joined(q, k, is_causal, backend)
@@ -448,7 +449,7 @@ def attend_forward(
         return merge(*old, *new)
     k, v = (k, v) if clean else (absent(k, key_padding_mask), absent(v, key_padding_mask))
     q, k, v = (_rows_contiguous(x).transpose(1, 2) for x in (q, k, v))
-    bias = _bias(key_padding_mask, q)
+    bias = _bias(key_padding_mask, q) if bias is None else bias
     bias = _causal_bias(q, k, bias) if joined else bias
     out, lse = KERNELS[backend].forward(q, k, v, bias, is_causal and not joined, scale)
     out, lse = out.transpose(1, 2), lse.transpose(1, 2)
@@ -488,6 +489,7 @@ def attend_backward(
     scale: float,
     backend: str,
     clean: bool = False,  # keys and values are finite where they are padding
+    bias: Float[Tensor, "1 h n m"] | None = None,  # added to the scores, in place of a mask; -inf hides
 ) -> tuple[Float[Tensor, "b n h d"], Float[Tensor, "b m h d"], Float[Tensor, "b m h d"]]:  # dq, dk, dv
     "The share of one part in the gradient of the joint softmax. Sum dq over the parts of a row, dk and dv over rows."
     past, joined = k.shape[1] - q.shape[1], _joined(q, k, is_causal, backend)
@@ -503,7 +505,7 @@ def attend_backward(
         lse = lse.masked_fill(lse == -inf, 0.0)
     k, v = (k, v) if clean else (absent(k, key_padding_mask), absent(v, key_padding_mask))
     dout, q, k, v, out = (_rows_contiguous(x).transpose(1, 2) for x in (dout, q, k, v, out))
-    bias = _bias(key_padding_mask, q)
+    bias = _bias(key_padding_mask, q) if bias is None else bias
     bias = _causal_bias(q, k, bias) if joined else bias
     causal = is_causal and not joined
     dq, dk, dv = KERNELS[backend].backward(dout, q, k, v, out, lse.transpose(1, 2), bias, causal, scale)

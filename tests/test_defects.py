@@ -23,6 +23,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import planned as by_plan
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -520,6 +521,7 @@ def planned(sizes: tuple[int, ...], plan: improved.Plan, backward: bool, groups:
 @pytest.mark.parametrize("branches", BRANCHES, ids=str)
 @pytest.mark.parametrize("mixing", ["groups", "softmax"])
 @pytest.mark.parametrize("backward", [False, True])
+@by_plan()
 def test_allocations_and_copies_are_those_planned(branches, mixing, backward):
     """By the profiler, of the function that users call: each grid copied once, each result written once.
 
@@ -560,6 +562,7 @@ def test_kernels_allocate_what_they_do_alone():
 
 
 @pytest.mark.parametrize("branches", BRANCHES, ids=str)
+@by_plan()
 def test_bfloat16_keys_are_read_where_they_lie(branches):
     q, k, v = make_qkv(2, 32, 4, 8, dtype=torch.bfloat16)
     dilated_attention(q, k, v, *branches)
@@ -657,6 +660,7 @@ def test_the_profiler_finds_what_is_needless():
     assert len(thrown_away.kernels) == 2
 
 
+@by_plan()
 def test_every_tile_enters_the_output():
     "Nothing is computed and thrown away: without any one of its tiles the output is another."
     q, k, v = make_qkv(1, 32, 4, 8)
@@ -682,6 +686,7 @@ def test_causal_mask_is_one_comparison():
     assert len(set(counts)) == 1
 
 
+@by_plan()
 def test_grids_are_made_once():
     "Head groups and grids in the profile: the first call of a kind makes them, later ones find them, a ring too."
     q, k, v = make_qkv(1, 32, 4, 8)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import drawn
+from conftest import drawn, planned
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -97,6 +97,8 @@ def test_layouts_of_dilated_attention(backend, layouts, heads, branches, options
         return out
 
     same(everybody, layouts, heads, d)
+    with planned():
+        same(everybody, layouts, heads, d)
 
 
 @drawn(50)
