@@ -10,7 +10,7 @@ import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from math import inf, lcm, prod
+from math import inf, isfinite, lcm, prod
 from typing import Any
 
 import torch
@@ -425,21 +425,35 @@ _ONE_CALL = {"softmax": 2**23, "groups": 2**22}  # numbers of a dense call that 
 _WEIGHTS = 2**18  # numbers in the weights of its keys
 
 
+@dataclass(frozen=True, eq=False)
+class Weights:
+    "How the keys of a short sequence count, for one dense call."
+
+    bias: Float[Tensor, "1 h nq nk"]  # the logarithm of how often a row meets each key; 0 in rows that meet none
+    share: Float[Tensor, "1 nq h 1"] | None  # what the output is multiplied by, 0 in those rows; None: 1 everywhere
+    bare: Bool[Tensor, "1 nq h"] | None  # those rows, if there are any
+
+
 @lru_cache(maxsize=64)
 def key_weights(
     nq: int, nk: int, num_heads: int, segment_lengths: tuple[int, ...], dilation_rates: tuple[int, ...],
-    is_causal: bool, mixing: str, offsets: str, dtype: torch.dtype,
-) -> tuple[Float[Tensor, "1 h nq nk"], Bool[Tensor, "1 nq h"] | None]:  # fmt: skip
-    "The logarithm of how often a query meets each key, and the rows that meet none (None: there is no such row)."
+    is_causal: bool, mixing: str, offsets: str, dtype: torch.dtype, divisor: int,
+) -> Weights:  # fmt: skip
+    "The weights of all pairs, float32 for half precision; found again by the next call."
     with torch.inference_mode(False), torch.device("cpu"):
         how: Any = dict(is_causal=is_causal, mixing=mixing, offsets=offsets)
         counts = attention_counts(nq, nk, num_heads, segment_lengths, dilation_rates, **how)
-        bare = (counts.sum(2) == 0).T[None]
-        return counts.to(dtype).log()[None], bare if bool(bare.any()) else None
+        bare = counts.sum(2) == 0
+        wide = torch.promote_types(dtype, torch.float32)
+        bias = counts.masked_fill(bare[..., None], 1).to(wide).log()[None]
+        bare = bare.T[None]
+        if not bare.any():
+            return Weights(bias, None if divisor == 1 else torch.full((1, 1, 1, 1), 1 / divisor, dtype=wide), None)
+        return Weights(bias, (~bare).to(wide)[..., None] / divisor, bare)
 
 
-def one_call(q: Tensor, k: Tensor, options: Options, backward: bool) -> tuple[Tensor, Tensor | None] | None:
-    "`key_weights` if one dense call computes this at less cost than a plan."
+def one_call(q: Tensor, k: Tensor, options: Options, backward: bool) -> Weights | None:
+    "The weights of the keys if one dense call computes this at less cost than a plan."
     (b, nq, h, d), nk = q.shape, k.shape[1]
     small = 0 < b * h * nq * nk * d <= _ONE_CALL[options.mixing] and h * nq * nk <= _WEIGHTS
     small = small and q.numel() <= options.portion
@@ -448,7 +462,8 @@ def one_call(q: Tensor, k: Tensor, options: Options, backward: bool) -> tuple[Te
     if not small or slow or not whole or options.backend != "flash" or q.device.type != "cpu":
         return None
     branches = clipped(options.segment_lengths, nk), options.dilation_rates
-    return key_weights(nq, nk, h, *branches, options.is_causal, options.mixing, options.offsets, wide_dtype(q))
+    how = options.is_causal, options.mixing, options.offsets
+    return key_weights(nq, nk, h, *branches, *how, q.dtype, options.divisor)
 
 
 def forward_at_once(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
@@ -457,13 +472,11 @@ def forward_at_once(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, o
         return False
     repeat = q.shape[2] // k.shape[2]
     k, v = (k, v) if repeat == 1 else (x.repeat_interleave(repeat, 2) for x in (k, v))
-    o, l = attend_forward(q, k, v, False, None, options.scale, options.backend, bias=weights[0])
-    if weights[1] is not None:
-        o, l = o.masked_fill_(weights[1][..., None], 0.0), l.masked_fill_(weights[1], -inf)
-    if not o.sum(dtype=l.dtype).isfinite():
+    o, l = attend_forward(q, k, v, False, None, options.scale, options.backend, bias=weights.bias)
+    if not isfinite(o.sum(dtype=l.dtype).item()):
         return False
-    out.copy_(o) if options.divisor == 1 else torch.div(o, options.divisor, out=out)
-    lse.copy_(l)
+    out.copy_(o) if weights.share is None else torch.mul(o, weights.share, out=out)
+    lse.copy_(l if weights.bare is None else l.masked_fill_(weights.bare, -inf))
     return True
 
 
@@ -474,16 +487,17 @@ def backward_at_once(
     "Leave dq, dk, dv in `grads`, in one call; whether that was possible."
     if (weights := one_call(q, k, options, True)) is None:
         return False
-    if options.divisor > 1:
-        dout, out = dout / options.divisor, out * options.divisor
-    if weights[1] is not None:
-        lse = lse.masked_fill(weights[1], 0.0)
+    dout = dout if weights.share is None else dout * weights.share
+    out = out if options.divisor == 1 else out * options.divisor
+    lse = lse if weights.bare is None else lse.masked_fill(weights.bare, inf)  # exp(score - inf) is 0
     kv, repeat = k.shape[2], q.shape[2] // k.shape[2]
     k, v = (k, v) if repeat == 1 else (x.repeat_interleave(repeat, 2) for x in (k, v))
-    dq, dk, dv = attend_backward(dout, q, k, v, out, lse, False, None, options.scale, options.backend, bias=weights[0])
+    dq, dk, dv = attend_backward(
+        dout, q, k, v, out, lse, False, None, options.scale, options.backend, bias=weights.bias
+    )
     if repeat > 1:
         dk, dv = (x.unflatten(2, (kv, repeat)).sum(3) for x in (dk, dv))
-    if not (dq.sum() + dk.sum() + dv.sum()).isfinite():
+    if not isfinite((dq.sum() + dk.sum() + dv.sum()).item()):
         return False
     for grad, result in zip(grads, (dq, dk, dv)):
         grad.copy_(result)
