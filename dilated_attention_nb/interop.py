@@ -22,11 +22,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dilated_attention_nb.config import (
+    ConfiguredModule,
     DilatedAttentionConfig,
     check_config,
     check_cu_seqlens,
+    check_dropout,
     check_heads,
     check_home,
+    check_length,
     check_placement,
     complaint,
     readable,
@@ -42,10 +45,11 @@ from .pretrained import from_pretrained as from_pretrained
 from .pretrained import save_pretrained as save_pretrained
 
 # %% ../nbs/14_interop.ipynb #873d4078
-class DilatedMHA(nn.MultiheadAttention):
+class DilatedMHA(ConfiguredModule, nn.MultiheadAttention):
     """`nn.MultiheadAttention` whose heads attend dilatedly: same parameters, same call, self-attention only.
 
-    Padding takes no place, wherever it is. Dropout acts on the attention's output rather than on its weights.
+    Padding takes no place, wherever it is, and gives 0. Dropout, the layer's or the config's, acts on the attention's
+    output rather than on its weights. Raises `ValueError` for two that differ, or what dilated attention has not.
     """
 
     def __init__(self, *args: Any, config: DilatedAttentionConfig, **values: Any) -> None:
@@ -57,8 +61,13 @@ class DilatedMHA(nn.MultiheadAttention):
                 raise ValueError(f"dilated attention has no {name}: keys and values are the queries' own tokens")
         check_config("config", config, DilatedAttentionConfig)
         check_heads(self.num_heads, config.num_branches, config.mixing)
-        self.config = config
-        self.attention = ImprovedDilatedAttention(replace(config, dropout=0.0))
+        if check_dropout("dropout", self.dropout) and config.dropout not in (0, self.dropout):
+            rule, advice = f"be 0 or the layer's {self.dropout}", "give one of the two"
+            raise ValueError(complaint("config.dropout", rule, config.dropout, advice))
+        self.dropout = self.dropout or config.dropout
+        self.config = config  # whose lengths are those of padded rows: what is left of them may be of any
+        ragged = "mask" if config.ragged == "error" else config.ragged
+        self.attention = ImprovedDilatedAttention(replace(config, dropout=0.0, ragged=ragged))
         self._qkv_same_embed_dim = False  # keeps nn.TransformerEncoderLayer from bypassing forward
 
     def forward(
@@ -79,27 +88,35 @@ class DilatedMHA(nn.MultiheadAttention):
         causal = is_causal or attn_mask is not None
         if attn_mask is not None:
             _check_causal_mask(attn_mask, inputs[0].shape[1], is_causal)
-        padding = order = None
-        if key_padding_mask is not None:  # padding takes no place: real tokens first, then back
-            padding = _padding_of(key_padding_mask, inputs[0], single)
-            order = padding.to(torch.uint8).argsort(dim=1, stable=True)
-            padding, back = padding.gather(1, order), order.argsort(1)
-            inputs = [_reorder(x, order) for x in inputs]
+        check_length(inputs[0].shape[1], self.config.segment_lengths, self.config.ragged)
+        packing = None
+        if key_padding_mask is not None:
+            packing = Packing.of(_padding_of(key_padding_mask, inputs[0], single))
+            inputs = [packing.unpad(x) for x in inputs]
         biases = 3 * [None] if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         flat = [F.linear(x, *wb) for x, *wb in zip(inputs, self.in_proj_weight.chunk(3), biases)]
         q, k, v = (x.unflatten(2, (self.num_heads, -1)) for x in flat)
-        out = self.attention(q, k, v, is_causal=causal, key_padding_mask=padding).flatten(2)
-        out = self.out_proj(F.dropout(out, self.config.dropout, self.training))
-        out = out if order is None else _reorder(out, back)
+        ends = None if packing is None else packing.cu_seqlens
+        out = self.attention(q, k, v, is_causal=causal, cu_seqlens=ends).flatten(2)
+        out = self.out_proj(F.dropout(out, self.dropout, self.training))
+        out = out if packing is None else packing.pad(out)
         out = out.transpose(0, 1) if turned else out[0] if single else out
         if not need_weights:
             return out, None
-        weights = attention_weights(self.attention, q, k, causal, padding)
-        weights = weights.mean(1, keepdim=True) if average_attn_weights else weights
-        if order is not None:
-            weights = _reorder(_reorder(weights.permute(0, 2, 3, 1), back).transpose(1, 2), back).permute(0, 3, 2, 1)
-        weights = weights[:, 0] if average_attn_weights else weights
+        weights = self._weights(q, k, causal, packing)
+        weights = weights.mean(1) if average_attn_weights else weights
         return out, weights[0] if single else weights
+
+    def _weights(self, q: Tensor, k: Tensor, causal: bool, packing: Packing | None) -> Float[Tensor, "b h n n"]:
+        "Those of padded rows, too, are made in packed ones."
+        if packing is None:
+            return attention_weights(self.attention, q, k, causal, None)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, key_padding_mask: None) -> Tensor:
+            packed = (packing.unpad(x) for x in (q, k, v))
+            return packing.pad(self.attention(*packed, is_causal=is_causal, cu_seqlens=packing.cu_seqlens))
+
+        return attention_weights(attend, packing.pad(q), packing.pad(k), causal, None)
 
 # %% ../nbs/14_interop.ipynb #d41f6c01
 def _check_self_inputs(mha: nn.MultiheadAttention, query: Any, key: Any, value: Any) -> None:
@@ -114,20 +131,14 @@ def _check_self_inputs(mha: nn.MultiheadAttention, query: Any, key: Any, value: 
             rule, advice = f"have query's {query.dim()} dimensions", "give all a batch, or none"
             raise ValueError(complaint(name, rule, tuple(x.shape), advice))
         check_home(name, x, mha.in_proj_weight)
-    tokens = 0 if query.dim() == 2 or not mha.batch_first else 1
-    n, nk, nv = (x.shape[tokens] for x in (query, key, value))
-    if nk != n or nv != n:
-        got = f"{nk} keys and {nv} values for {n} queries"
-        raise ValueError(complaint("key", "have as many tokens as query", got, "only self-attention can be dilated"))
-
-
-def _reorder(x: Shaped[Tensor, "b n *rest"], order: Int[Tensor, "b n"]) -> Shaped[Tensor, "b n *rest"]:
-    index = order.view(*order.shape, *(x.dim() - 2) * [1]).expand_as(x)
-    return torch.gather(x, 1, index)
+    for name, x in (("key", key), ("value", value)):
+        if x.shape != query.shape:
+            got, advice = f"{tuple(x.shape)} beside {tuple(query.shape)}", "only self-attention can be dilated"
+            raise ValueError(complaint(name, "have the shape of query", got, advice))
 
 
 def _padding_of(mask: Any, x: Float[Tensor, "b n e"], single: bool) -> Bool[Tensor, "b n"]:
-    "PyTorch's layers turn bool masks into floats, 0 and -inf. What can't be read is taken to be such."
+    "PyTorch's layers turn bool masks into floats, 0 and -inf."
     if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(complaint("key_padding_mask", "be a bool tensor", got, "True is padding"))
@@ -135,27 +146,37 @@ def _padding_of(mask: Any, x: Float[Tensor, "b n e"], single: bool) -> Bool[Tens
     if mask.shape != x.shape[:2]:
         rule, advice = f"have shape {tuple(x.shape[:2])}", "one entry for each token"
         raise ValueError(complaint("key_padding_mask", rule, tuple(mask.shape), advice))
-    padding: Tensor = mask if mask.dtype == torch.bool else mask == float("-inf")
-    if readable(mask) and not (padding | (mask == 0)).all():
-        got = "other numbers"
-        raise ValueError(complaint("key_padding_mask", "be bool, or 0 and -inf", got, "a bias on keys isn't supported"))
+    if mask.dtype == torch.bool:
+        return mask
+    padding: Tensor = mask == float("-inf")
+    message = complaint("key_padding_mask", "be bool, or 0 and -inf", "other numbers", "a bias on keys isn't supported")
+    _check_all(padding | (mask == 0), message)
     return padding
 
 
+def _check_all(holds: Bool[Tensor, "*sizes"], message: str) -> None:
+    "A `ValueError` unless all are True; of a traced forward a `RuntimeError` when it runs. Fake tensors tell nothing."
+    if torch.compiler.is_compiling():
+        return torch._assert_async(holds.all(), message)
+    while torch._C._functorch.is_functorch_wrapped_tensor(holds):
+        holds = torch._C._functorch.get_unwrapped(holds)
+    if readable(holds) and not holds.all():
+        raise ValueError(message)
+
+
 def _check_causal_mask(mask: Any, n: int, is_causal: bool) -> None:
-    "In a traced forward, which reads no values, `is_causal` says it."
-    future = torch.ones(n, n, dtype=torch.bool, device=getattr(mask, "device", None)).triu(1)
-    causal = isinstance(mask, Tensor) and mask.shape == future.shape
-    if causal and readable(mask):
-        hidden = mask if mask.dtype == torch.bool else mask == float("-inf")
-        causal = torch.equal(hidden, future) and (mask.dtype == torch.bool or not mask[~future].any())
-    elif causal and not is_causal:
+    "In a traced forward, which reads no values before it runs, `is_causal` says it."
+    shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    rule = f"be None or the causal mask of {n} tokens"
+    message = complaint("attn_mask", rule, shape, "segments and grids say the rest")
+    if shape != (n, n):
+        raise ValueError(message)
+    if not readable(mask) and not is_causal:
         rule, advice = "come with is_causal=True in a traced forward", "say it, or leave the mask out"
         raise ValueError(complaint("attn_mask", rule, is_causal, advice))
-    if not causal:
-        rule = f"be None or the causal mask of {n} tokens"
-        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(complaint("attn_mask", rule, shape, "segments and grids say the rest"))
+    future = torch.ones(n, n, dtype=torch.bool, device=mask.device).triu(1)
+    holds = mask == future if mask.dtype == torch.bool else torch.where(future, mask == float("-inf"), mask == 0)
+    _check_all(holds, message)
 
 # %% ../nbs/14_interop.ipynb #d41f6c02
 def replace_attention(model: nn.Module, config: DilatedAttentionConfig) -> nn.Module:

@@ -882,14 +882,57 @@ def test_weights_and_shapes_as_the_original(need_weights, average):
         x = torch.randn(2, 24, 32) if batch_first else torch.randn(24, 2, 32)
         for given, padding in ((x, SEEN), (x, None), (torch.randn(24, 32), None), (torch.randn(24, 32), SEEN[1])):
             options = dict(key_padding_mask=padding, need_weights=need_weights, average_attn_weights=average)
-            for a, b in zip(ours(given, given, given, **options), mha(given, given, given, **options)):
-                assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, atol=1e-6))
+            out, weights = ours(given, given, given, **options)
+            expected, expected_weights = mha(given, given, given, **options)
+            real = (
+                (torch.ones(2, 24).bool() if given.dim() == 3 else torch.ones(24).bool())
+                if padding is None
+                else ~padding
+            )
+            turned = given.dim() == 3 and not batch_first
+            assert torch.allclose(out, expected * (real.T if turned else real)[..., None], atol=1e-6)  # 0 at padding
+            assert (weights is None) == (expected_weights is None) == (not need_weights)
+            if need_weights:
+                rows = real[..., None] if average else real[..., None, :, None]
+                assert torch.allclose(weights, expected_weights * rows, atol=1e-6)
 
 
 def test_dropout_of_the_config_acts_in_training():
     model = replace_attention(stack(1), replace(FULL, dropout=0.5))
     x = torch.randn(2, 24, 32)
     assert not torch.equal(model.train()(x), model(x)) and torch.equal(model.eval()(x), model(x))
+
+
+def test_dropout_of_a_layer_acts_in_training():
+    config = replace(FULL, dropout=0.5)
+    for model in (replace_attention(stack(1, dropout=0.5), FULL), replace_attention(stack(1, dropout=0.5), config)):
+        assert model.layers[0].self_attn.dropout == 0.5
+    x = torch.randn(2, 24, 32)
+    ours = DilatedMHA(32, 4, dropout=0.5, batch_first=True, config=FULL)
+    for p, padding in ((0.5, None), (0.5, SEEN), (0.0, None)):
+        ours.dropout = p
+        ours.train()
+        torch.manual_seed(0)
+        once, again = (ours(x, x, x, key_padding_mask=padding)[0] for _ in range(2))
+        assert torch.equal(once, again) == (p == 0)
+        ours.eval()
+        assert torch.equal(*(ours(x, x, x, key_padding_mask=padding)[0] for _ in range(2)))
+
+
+def test_two_dropouts_that_differ_are_refused():
+    model = stack(1, dropout=0.1)
+    with pytest.raises(ValueError, match="config.dropout must be 0 or the layer's 0.1, got 0.5"):
+        replace_attention(model, replace(FULL, dropout=0.5))
+    assert type(model.layers[0].self_attn) is nn.MultiheadAttention
+    with pytest.raises(ValueError, match="dropout must be at least 0 and below 1"):
+        DilatedMHA(32, 4, dropout=1.0, config=FULL)
+
+
+def test_a_replaced_layer_refuses_names_of_its_config():
+    ours = replace_attention(nn.MultiheadAttention(32, 4), FULL)
+    for name, value in dict(config=DILATED, ragged="mask", segment_lengths=(6,), mixing="softmax").items():
+        with pytest.raises(AttributeError, match=f"{name} must be chosen when the module is made"):
+            setattr(ours, name, value)
 
 
 def test_masks_that_are_not_causal_are_refused():
@@ -951,7 +994,8 @@ def test_what_cannot_be_replaced_is_refused(make, message):
         (dict(key_padding_mask=[[False]]), TypeError, "key_padding_mask"),
         (dict(key_padding_mask=torch.zeros(2, 23).bool()), ValueError, "key_padding_mask"),
         (dict(attn_mask=[1]), ValueError, "attn_mask must be None"),
-        (dict(key=torch.zeros(1, 24, 32)), ValueError, "k must"),
+        (dict(key=torch.zeros(1, 24, 32)), ValueError, "key must have the shape of query"),
+        (dict(value=torch.zeros(1, 24, 32), key_padding_mask=SEEN), ValueError, "value must have the shape of query"),
     ],
 )  # fmt: skip
 def test_bad_calls_of_the_module_are_explained(change, error, message):
@@ -995,20 +1039,41 @@ def test_a_decoder_keeps_its_cross_attention():
 DILATED = replace(FULL, segment_lengths=(6, 24), dilation_rates=(1, 3), mixing="softmax", ragged="mask")
 
 
+ZEROS = replace(DILATED, ragged="zeros")
+BRANCHES = [DILATED, ZEROS, replace(ZEROS, segment_lengths=(5, 24), offsets="interleaved")]
+
+
+@pytest.mark.parametrize("config", BRANCHES, ids=["mask", "zeros", "zeros whose rates don't divide"])
 @pytest.mark.parametrize("causal", [False, True])
-def test_padding_on_the_left_on_the_right_and_none(causal):
-    model, x = replace_attention(stack(), DILATED).eval(), torch.randn(1, 17, 32)
+def test_padding_on_the_left_on_the_right_and_none(causal, config):
+    model, x = replace_attention(stack(), config).eval(), torch.randn(1, 17, 32)
     alone = model(x, is_causal=causal, mask=torch.ones(17, 17).triu(1).bool() if causal else None)
     causal_mask = torch.ones(24, 24).triu(1).bool() if causal else None
     for start in (0, 7, 3):
         real = (torch.arange(24) >= start) & (torch.arange(24) < start + 17)
         padded = torch.full((1, 24, 32), float("nan")).index_copy(1, real.nonzero()[:, 0], x)
+        padded.requires_grad_()
+        model.zero_grad()
         out = model(padded, mask=causal_mask, is_causal=causal, src_key_padding_mask=~real[None])
         assert torch.allclose(out[:, real], alone, atol=1e-6)
+        mha = model.layers[0].self_attn
+        mha(*3 * [padded], key_padding_mask=~real[None], need_weights=False)[0].square().sum().backward()
+        assert padded.grad.isfinite().all() and not padded.grad[:, ~real].any()
+        assert all(p.grad.isfinite().all() for p in mha.parameters())
 
 
-def test_weights_of_padded_rows():
-    ours, x = replace_attention(nn.MultiheadAttention(32, 4, batch_first=True), DILATED), torch.randn(1, 17, 32)
+@pytest.mark.parametrize("config", BRANCHES, ids=["mask", "zeros", "zeros whose rates don't divide"])
+def test_rows_of_nothing_but_padding(config):
+    ours, x = replace_attention(nn.MultiheadAttention(32, 4, batch_first=True), config), torch.randn(2, 24, 32)
+    nothing = torch.ones(2, 24).bool()
+    for padding in (nothing, SEEN | torch.tensor([[False], [True]])):
+        out, weights = ours(x, x, x, key_padding_mask=padding)
+        assert not out[padding].any() and not weights[padding].any() and out.isfinite().all()
+
+
+@pytest.mark.parametrize("config", BRANCHES, ids=["mask", "zeros", "zeros whose rates don't divide"])
+def test_weights_of_padded_rows(config):
+    ours, x = replace_attention(nn.MultiheadAttention(32, 4, batch_first=True), config), torch.randn(1, 17, 32)
     real = torch.arange(24) >= 7
     padded = torch.randn(1, 24, 32).index_copy(1, real.nonzero()[:, 0], x)
     for average in (True, False):
@@ -1048,6 +1113,27 @@ def test_a_traced_mask_must_be_said_to_be_causal():
     assert torch.allclose(traced(x, x, x, attn_mask=mask, is_causal=True, need_weights=False)[0], expected, atol=1e-6)
     with pytest.raises(Exception, match="is_causal=True in a traced forward"):
         torch.compile(ours, backend="eager", fullgraph=True)(x, x, x, attn_mask=mask, need_weights=False)
+    torch._dynamo.reset()
+
+
+def test_a_traced_forward_refuses_values_that_are_no_padding_and_not_causal():
+    torch._dynamo.reset()
+    ours, x = replace_attention(nn.MultiheadAttention(32, 4, batch_first=True), DILATED), torch.randn(2, 24, 32)
+    causal, padding = torch.ones(24, 24).triu(1).bool(), torch.zeros(2, 24).masked_fill(SEEN, float("-inf"))
+    good = dict(key_padding_mask=padding, attn_mask=causal, is_causal=True, need_weights=False)
+    expected = ours(x, x, x, **good)[0]
+    exported = torch.export.export(ours, (x, x, x), good, strict=False).module()
+    for traced in (torch.compile(ours, backend="eager", fullgraph=True), exported):
+        out = traced(x, x, x, **good)
+        assert torch.allclose((out if isinstance(out, torch.Tensor) else out[0])[~SEEN], expected[~SEEN], atol=1e-6)
+        for bad, name in (
+            (dict(key_padding_mask=padding + 1), "key_padding_mask"),
+            (dict(attn_mask=~causal), "attn_mask"),
+        ):
+            with pytest.raises(RuntimeError, match=f"{name} must be"):
+                traced(x, x, x, **good | bad)
+    with pytest.raises(ValueError, match="key_padding_mask must be bool"):
+        torch.func.vmap(lambda p: ours(x[0], x[0], x[0], key_padding_mask=p)[0])(padding + 1)
     torch._dynamo.reset()
 
 
