@@ -9,6 +9,7 @@ __all__ = ['DilatedMHA', 'replace_attention', 'register_with_transformers', 'che
 import copy
 import inspect
 import sys
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -114,7 +115,8 @@ class DilatedMHA(ConfiguredModule, nn.MultiheadAttention):
 
         def attend(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, key_padding_mask: None) -> Tensor:
             packed = (packing.unpad(x) for x in (q, k, v))
-            return packing.pad(self.attention(*packed, is_causal=is_causal, cu_seqlens=packing.cu_seqlens))
+            out: Tensor = self.attention(*packed, is_causal=is_causal, cu_seqlens=packing.cu_seqlens)
+            return packing.pad(out)
 
         return attention_weights(attend, packing.pad(q), packing.pad(k), causal, None)
 
@@ -146,11 +148,10 @@ def _padding_of(mask: Any, x: Float[Tensor, "b n e"], single: bool) -> Bool[Tens
     if mask.shape != x.shape[:2]:
         rule, advice = f"have shape {tuple(x.shape[:2])}", "one entry for each token"
         raise ValueError(complaint("key_padding_mask", rule, tuple(mask.shape), advice))
-    if mask.dtype == torch.bool:
-        return mask
-    padding: Tensor = mask == float("-inf")
+    padding: Tensor = mask if mask.dtype == torch.bool else mask == float("-inf")
     message = complaint("key_padding_mask", "be bool, or 0 and -inf", "other numbers", "a bias on keys isn't supported")
-    _check_all(padding | (mask == 0), message)
+    if mask.dtype != torch.bool:
+        _check_all(padding | (mask == 0), message)
     return padding
 
 
@@ -224,6 +225,15 @@ _CAUSAL, _BIDIRECTIONAL = torch.float8_e4m3fn, torch.float8_e5m2  # dtypes of no
 _REAL, _FIRST, _ASKING = 1, 2, 4  # bits of a note: no padding, begins a document, is a query's own
 
 
+class _Running(threading.local):
+    "The `position_ids` of the models of transformers that run in this thread, the innermost last; None: none."
+
+    positions: tuple[Any, ...] = ()
+
+
+_running = _Running()
+
+
 class _RefusedError(ValueError):
     "A model asks for what dilated attention isn't."
 
@@ -231,6 +241,7 @@ class _RefusedError(ValueError):
 def _note(
     b: int, nq: int, nk: int, offset: Any, is_causal: bool,
     mask: Bool[Tensor, "b n"] | None, begins: Bool[Tensor, "b n"] | None, device: Any,
+    positions: Int[Tensor, "b nq"] | None = None,
 ) -> Shaped[Tensor, "b 1_or_0 1 nk"]:  # fmt: skip
     """What a model of transformers asked its mask function for, as a tensor that passes through any model.
 
@@ -243,13 +254,17 @@ def _note(
         _check_covers(mask.shape[1], length)
     if mask is not None and readable(mask) and mask[:, :length].all():
         mask = None
-    if mask is None and begins is None and steady:
+    if mask is None and begins is None and positions is None and steady:
         return torch.zeros(b, 0, 1, length, dtype=torch.uint8, device=device).view(dtype)
     places = torch.arange(length, device=device)
     real = (places < offset + nq).expand(b, length)
     if mask is not None:
         real = real & F.pad(mask.bool(), (0, max(0, length - mask.shape[1])))[:, :length]
     asks = (places >= offset) & (places < offset + nq) if is_causal else places >= 0
+    if positions is not None:
+        queries = offset + torch.arange(nq, device=device).expand(b, nq)
+        first = _begins_by_position(real, queries, positions.to(device))
+        begins = first if begins is None else begins | first
     bits = real * _REAL + asks * _ASKING
     bits = bits if begins is None else bits + (real & begins) * _FIRST
     note: Tensor = bits.to(torch.uint8)[:, None, None].view(dtype)
@@ -329,7 +344,13 @@ def _mask_for_model(
         rows = torch.arange(batch_size, device=device)[:, None, None, None]
         begins = ~mask_function(rows, torch.zeros_like(rows), at, at - 1)[:, 0, 0].expand(batch_size, kv_length)
     is_causal = mask_function is not bidirectional
-    return _note(batch_size, q_length, kv_length, q_offset, is_causal, attention_mask, begins, device)
+    positions = _running.positions[-1] if _running.positions else None
+    fit = is_causal or q_length == kv_length
+    if not fit or not isinstance(positions, Tensor) or positions.shape not in ((1, q_length), (batch_size, q_length)):
+        positions = None
+    elif not isinstance(q_offset, Tensor) and _go_on(positions, q_offset):
+        positions = None
+    return _note(batch_size, q_length, kv_length, q_offset, is_causal, attention_mask, begins, device, positions)
 
 
 def _is_packed(mask_function: Any, causal: Any) -> bool:
@@ -479,6 +500,28 @@ def _config_of(name: str) -> DilatedAttentionConfig | None:
     return entry.keywords["config"] if ours else None
 
 
+def _keep_positions(model: nn.Module) -> None:
+    "From now on `_running` has the `position_ids` that the model is called with: many hand them to no layer."
+    if not any(getattr(hook, "func", None) is _enter for hook in model._forward_pre_hooks.values()):
+        names = list(inspect.signature(type(model).forward).parameters)[1:]
+        place = names.index("position_ids") if "position_ids" in names else len(names)
+        here, pad = vars(sys.modules[type(model).__module__]).values(), getattr(model.config, "pad_token_id", None)
+        behind_pad = pad is not None and any(hasattr(x, "create_position_ids_from_input_ids") for x in here)
+        first = pad + 1 if behind_pad else 0  # RoBERTa's positions begin there
+        model.register_forward_pre_hook(partial(_enter, place, first), with_kwargs=True)
+        model.register_forward_hook(_leave, always_call=True)
+
+
+def _enter(place: int, first: int, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    positions = args[place] if place < len(args) else kwargs.get("position_ids")
+    positions = positions - first if first and isinstance(positions, Tensor) else positions
+    _running.positions = (*_running.positions, positions)
+
+
+def _leave(model: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+    _running.positions = _running.positions[:-1]
+
+
 class _Branches(dict[str, Any]):
     "What stands as `dilated_attention` in the config of a model that was made here, not read from a file."
 
@@ -491,6 +534,8 @@ def _on_choice(model: Any, name: str, making: bool) -> None:
         got = f"{type(model).__name__}, which computes attention itself"
         advice = "take 'eager'; for a part of a larger model, attn_implementation={'text_config': a registered name}"
         raise _RefusedError(complaint("the model", "take its attention from transformers' table", got, advice))
+    if now is not None:
+        _keep_positions(model)
     if making and saved is not None and now != saved and not isinstance(saved, _Branches):
         this = f"now attends with {name!r}" + ("" if now is None else f", {_branches(now)}")
         advice = "register its branches and pass attn_implementation= with that name"

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -15,11 +16,14 @@ from transformers import (  # noqa: E402
     BartConfig,
     BartModel,
     BertConfig,
+    BertLMHeadModel,
     BertModel,
     BloomConfig,
     BloomModel,
     ConvNextConfig,
     ConvNextModel,
+    CTRLConfig,
+    CTRLLMHeadModel,
     DebertaConfig,
     DebertaModel,
     DebertaV2Config,
@@ -43,10 +47,14 @@ from transformers import (  # noqa: E402
     MambaModel,
     MistralConfig,
     MistralForCausalLM,
+    PersimmonConfig,
+    PersimmonForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     ReformerConfig,
     ReformerModel,
+    RobertaConfig,
+    RobertaForCausalLM,
     StaticCache,
     T5Config,
     T5EncoderModel,
@@ -526,17 +534,85 @@ def test_gaps_in_a_mask_begin_no_document():
     assert not torch.allclose(as_they_are[:, real[0].bool()], seen, atol=1e-3)  # there the positions do jump
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_model_that_keeps_its_positions_to_itself(packed):
-    "GPT-BigCode gives the attention no position_ids; transformers says by the mask that documents are packed."
+SMALL = dict(vocab_size=99, n_embd=64, n_layer=1, n_head=4, n_positions=64)
+KEEP_POSITIONS = {  # models whose layers get no position_ids, and the position of a first token
+    "bigcode": (GPTBigCodeForCausalLM, lambda: GPTBigCodeConfig(**SMALL, n_inner=64), 0),
+    "persimmon": (PersimmonForCausalLM, lambda: PersimmonConfig(**SIZE), 0),
+    "ctrl": (CTRLLMHeadModel, lambda: CTRLConfig(**SMALL, dff=64), 0),
+    "bert": (BertLMHeadModel, lambda: BertConfig(**SIZE, is_decoder=True), 0),
+    "roberta": (RobertaForCausalLM, lambda: RobertaConfig(**SIZE, is_decoder=True, pad_token_id=0), 1),
+}
+
+
+def keeping(kind):
     torch.manual_seed(0)
-    config = GPTBigCodeConfig(vocab_size=99, n_embd=64, n_layer=1, n_head=4, n_inner=64, n_positions=64)
-    model, given = GPTBigCodeForCausalLM._from_config(config, attn_implementation="dilated").eval(), tokens(1)
-    if packed:
-        out = run(model, given, position_ids=PLACES, use_cache=False)
-        assert torch.allclose(out, alone(model, given), atol=3e-6)
-    else:
-        assert torch.equal(run(model, given), run(model, given, use_cache=False))
+    cls, config, first = KEEP_POSITIONS[kind]
+    return cls._from_config(config(), attn_implementation="dilated").eval(), first
+
+
+@pytest.mark.parametrize("values", [{}, {"use_cache": False}, {"attention_mask": torch.ones(1, 50).long()}])
+@pytest.mark.parametrize("kind", KEEP_POSITIONS)
+def test_models_that_keep_their_positions_to_themselves(kind, values):
+    model, first = keeping(kind)
+    given = tokens(1)
+    out = run(model, given, position_ids=PLACES + first, **values)
+    assert torch.allclose(out, alone(model, given), atol=3e-6)
+    assert torch.allclose(run(model, given, **values), run(model, given, use_cache=False), atol=3e-6)
+    for make_cache in (lambda: DynamicCache(config=model.config), lambda: StaticCache(model.config, max_cache_len=60)):
+        cache, parts = make_cache(), []
+        for part, at in zip(given.split((44, 3, 1, 2), 1), (PLACES + first).split((44, 3, 1, 2), 1)):
+            parts.append(run(model, part, position_ids=at, past_key_values=cache, use_cache=True))
+        assert torch.allclose(torch.cat(parts, 1), alone(model, given), atol=3e-6)
+
+
+@pytest.mark.parametrize("kind", KEEP_POSITIONS)
+def test_kept_positions_beside_padding(kind):
+    model, first = keeping(kind)
+    given, two = tokens(2), torch.cat([torch.arange(n) for n in (11, 32)])
+    places = first + torch.stack((PLACES[0], torch.cat((torch.zeros(7, dtype=torch.long), two))))
+    real = torch.arange(50) >= torch.tensor([[0], [7]])
+    out = run(model, given, position_ids=places, attention_mask=real.long())
+    assert torch.allclose(out[:1], alone(model, given[:1]), atol=3e-6)
+    assert torch.allclose(out[1:, 7:], alone(model, given[1:, 7:], (11, 32)), atol=3e-6)
+
+
+def test_an_encoder_packs_too():
+    model, given = make("bert"), tokens(1)
+    for values in ({}, {"attention_mask": torch.ones(1, 50).long()}):
+        assert torch.allclose(run(model, given, position_ids=PLACES, **values), alone(model, given), atol=3e-6)
+    by_place = run(model, given, None, None, PLACES)
+    assert torch.equal(by_place, run(model, given, position_ids=PLACES))
+
+
+def test_kept_positions_in_threads_after_errors_and_in_recomputed_layers():
+    model, given = keeping("persimmon")[0], tokens(1)
+    expected = alone(model, given), run(model, given)
+    with pytest.raises(IndexError):
+        model(given + 99, position_ids=PLACES)
+    assert torch.equal(run(model, given), expected[1])
+    with ThreadPoolExecutor(4) as threads:
+        several = [None if i % 2 else PLACES for i in range(8)]
+        for i, out in enumerate(threads.map(lambda places: run(model, given, position_ids=places), several)):
+            assert torch.allclose(out, expected[i % 2], atol=3e-6)
+    model.train()
+    sum(model(part, use_cache=False).logits.square().sum() for part in given.split(LENGTHS, 1)).backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model(given, position_ids=PLACES, use_cache=False).logits.square().sum().backward()
+    for p, expected in zip(model.parameters(), grads):
+        assert torch.allclose(p.grad, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_kept_positions_while_compiling(fresh_graphs, padded):
+    model, given = keeping("persimmon")[0], tokens(1)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    values = dict(use_cache=False) | (dict(attention_mask=torch.ones(1, 50).long()) if padded else {})
+    for places in (torch.arange(50)[None], PLACES):
+        out = run(compiled, given, position_ids=places, **values)
+        expected = alone(model, given) if places is PLACES else run(model, given)
+        assert torch.allclose(out, expected, atol=3e-6)
 
 
 # ---------------------------------------------------------------- padding, precision
