@@ -142,6 +142,7 @@ if TYPE_CHECKING:
     from dilated_attention_nb import memory_pool as memory_pool
     from dilated_attention_nb.memory_pool import (
         UnifiedMemoryPool as UnifiedMemoryPool,
+        check_memory as check_memory,
         memory_limit as memory_limit,
         memory_pressure as memory_pressure,
     )
@@ -564,6 +565,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     ),
     "memory_pool": (
         "UnifiedMemoryPool",
+        "check_memory",
         "memory_limit",
         "memory_pressure",
     ),
@@ -991,6 +993,7 @@ __all__ = [
     "check_ints",
     "check_kv_heads",
     "check_length",
+    "check_memory",
     "check_number",
     "check_padding",
     "check_part",

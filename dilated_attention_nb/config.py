@@ -647,7 +647,7 @@ class SparseAttentionConfig(DilatedAttentionConfig):
         super().__post_init__()
         self._check(check_ratio, "sparsity_ratio")
         self._check(check_block_size, "block_size")
-        self._check(check_int, "head_dim")
+        self._check(check_int, "head_dim", high=WIDEST)
         self._check(check_int, "seed", low=0, high=2**47)
         self._check(check_flag, "enable_adaptive")
         for name, value in (("mixing", "groups"), ("offsets", "blocked")):

@@ -20,6 +20,7 @@ from dilated_attention_nb.config import (
     WIDEST,
     Config,
     ConfiguredModule,
+    check_choice,
     check_dropout,
     check_flag,
     check_home,
@@ -33,6 +34,7 @@ from dilated_attention_nb.config import (
 )
 from .improved import Packing
 from .longnet import DEEPEST, LongNetConfig, LongNetEncoder, evaluating
+from .memory_pool import check_memory
 
 # %% ../nbs/13b_gigapath.ipynb #a5a615c1
 def position_codes(
@@ -43,7 +45,7 @@ def position_codes(
 
     Raises `ValueError` for a width that isn't a multiple of 4, or cells that aren't pairs.
     """
-    if check_int("embed_dim", embed_dim) % 4:
+    if check_int("embed_dim", embed_dim, high=WIDEST) % 4:
         raise ValueError(complaint("embed_dim", "be a multiple of 4", embed_dim, "the codes of places need it"))
     if not cells.dim() or cells.shape[-1] != 2:
         raise ValueError(complaint("cells", "have shape [..., 2]", tuple(cells.shape), "they are x and y"))
@@ -170,6 +172,7 @@ class GigaPathConfig(Config):
         self._check(check_int, "in_chans", "embed_dim", high=WIDEST)
         self._check(check_int, "max_wsi_size")
         self._check(check_flag, "global_pool", "check_layout", "activation_checkpointing")
+        self._check(check_choice, "ragged", choices=("zeros", "mask"))  # no slide is a multiple of all segments
         self._check(check_positive, "norm_eps")
         self._check(check_dropout, "dropout", "drop_path_rate")
         if self.embed_dim % 4:
@@ -243,6 +246,7 @@ class GigaPathSlideEncoder(ConfiguredModule):
             global_pool, norm_eps, dropout, drop_path_rate, ragged, check_layout, max_wsi_size,
             activation_checkpointing,
         )  # fmt: skip
+        check_memory("the model", c.encoder.matrix_numbers + c.in_chans * c.embed_dim)
         self.patch_embed = nn.ModuleDict({"proj": nn.Linear(c.in_chans, c.embed_dim)})
         self.cls_token = nn.Parameter(torch.empty(1, 1, c.embed_dim))
         self.reset_parameters()

@@ -988,6 +988,8 @@ class ImprovedDilatedAttention(ConfiguredModule):
         super().__init__()
         self.config = check_config("config", config, DilatedAttentionConfig)
         self.backend = check_choice("backend", backend, LAYER_BACKENDS)
+        if backend == "triton":
+            check_unshifted(inf, config.segment_lengths, config.dilation_rates, config.ragged, "with backend='triton'")
 
     def forward(
         self,

@@ -506,8 +506,8 @@ def _keep_positions(model: nn.Module) -> None:
         names = list(inspect.signature(type(model).forward).parameters)[1:]
         place = names.index("position_ids") if "position_ids" in names else len(names)
         here, pad = vars(sys.modules[type(model).__module__]).values(), getattr(model.config, "pad_token_id", None)
-        behind_pad = pad is not None and any(hasattr(x, "create_position_ids_from_input_ids") for x in here)
-        first = pad + 1 if behind_pad else 0  # RoBERTa's positions begin there
+        behind_pad = any(hasattr(x, "create_position_ids_from_input_ids") for x in here)  # RoBERTa's begin there
+        first = pad + 1 if behind_pad and pad is not None else 0
         model.register_forward_pre_hook(partial(_enter, place, first), with_kwargs=True)
         model.register_forward_hook(_leave, always_call=True)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
-from math import inf
+from math import inf, prod
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from dilated_attention_nb.config import (
 )
 from .improved import dilated_attention
 from .masking import branch_heads, grid_pairs
+from .memory_pool import check_memory
 from .partial import attend, attend_forward, cast_like_autocast, merge_, resolve_backend
 
 # %% ../nbs/12b_kv_cache.ipynb #368d8848
@@ -72,7 +73,9 @@ class _Cache:
 
     def _buffer(self, heads: int, slots: int) -> Float[Tensor, "b h slots d"]:
         "Heads before tokens: one head's keys lie side by side, as a kernel with one query reads them."
-        return torch.empty(self.batch_size, heads, slots, self.head_dim, device=self.device, dtype=self.dtype)
+        shape = self.batch_size, heads, slots, self.head_dim
+        check_memory("a cache", 2 * prod(shape), self.device, self.dtype)  # of keys and values
+        return torch.empty(shape, device=self.device, dtype=self.dtype)
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         "Raises before anything is stored."

@@ -44,6 +44,7 @@ from dilated_attention_nb.config import (
     readable,
 )
 from .improved import Packing
+from .memory_pool import check_memory
 from dilated_attention_nb.multihead import (
     ATTENTIONS,
     CONFIGS,
@@ -149,6 +150,17 @@ class LongNetConfig(Config):
     def _safe_base(self) -> float:
         "Half a window from its middle, the largest factor of xPos is `3.5 ** (window / 2 / base)`."
         return self.window * math.log(3.5) / 2 / LARGEST_EXPONENT
+
+    @property
+    def matrix_numbers(self) -> int:
+        "Numbers in the matrices of all layers."
+        narrow = self.embed_dim * (self.num_kv_heads or self.num_heads) // self.num_heads
+        return self.num_layers * 2 * self.embed_dim * (self.embed_dim + narrow + self.inner_dim)
+
+    @property
+    def table_numbers(self) -> int:
+        "Numbers in the tables of a `LongNet`: embeddings and head."
+        return (self.vocab_size or 0) * self.embed_dim * (1 if self.tie_embeddings else 2)
 
     @property
     def multihead_config(self) -> MultiheadConfig:
@@ -376,6 +388,7 @@ class LayerStack(ConfiguredModule):
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__()
         self.config = check_config("config", config, LongNetConfig)
+        check_memory("the model", config.matrix_numbers)
         self.layers = nn.ModuleList(LongNetLayer(config, depth) for depth in range(config.num_layers))
         last = nn.LayerNorm(config.embed_dim, config.layer_norm_eps) if config.normalize_output else nn.Identity()
         self.layer_norm: Any = last
@@ -712,6 +725,7 @@ class LongNet(ConfiguredModule):
         if config.vocab_size is None:
             raise ValueError(complaint("vocab_size", "be an integer in a language model", None, "bytes have 256"))
         self.config = config
+        check_memory("the model", config.matrix_numbers + config.table_numbers)
         self.embed_tokens = _embedding(config.vocab_size, config.embed_dim)
         self.decoder = LayerStack(config)
         head = None if config.tie_embeddings else nn.Linear(config.embed_dim, config.vocab_size, bias=False)
@@ -832,6 +846,7 @@ class LongNetEncoder(LayerStack):
         if config.position == "xpos":
             advice = "xPos grows for keys to the right; a causal stack is a LayerStack or a LongNet"
             raise ValueError(complaint("position", "be 'rope' or 'none' in an encoder", "'xpos'", advice))
+        check_memory("the model", config.matrix_numbers + (config.vocab_size or 0) * config.embed_dim)
         self.embed_tokens = None if config.vocab_size is None else _embedding(config.vocab_size, config.embed_dim)
 
     def _entered(self, x: Any, key_padding_mask: Any, cache: Any, cu_seqlens: Any) -> Entry:

@@ -42,6 +42,7 @@ from dilated_attention_nb.config import (
 )
 from .dilated import DilatedAttention
 from .improved import ImprovedDilatedAttention
+from .memory_pool import check_memory
 from .ring import RingDilatedAttention
 from .ring_layer import RingLayer
 
@@ -260,6 +261,7 @@ class MultiheadDilatedAttention(ConfiguredModule):
         c = self.config = check_config("config", config, MultiheadConfig)
         a = self.attention_config = check_config("attention_config", attention_config, DilatedAttentionConfig)
         check_heads(c.num_heads, a.num_branches, a.mixing)
+        check_memory("the layer", 2 * c.embed_dim * (c.num_heads + c.kv_heads) * c.head_dim, a.device, a.dtype)
         build = ATTENTIONS[resolve_kind(kind)] if isinstance(kind, str) else kind
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
             nn.Linear(c.embed_dim, heads * c.head_dim, c.bias, a.device, a.dtype)

@@ -7,6 +7,7 @@ __all__ = ['check_part', 'RingDilatedAttention', 'simulate_ring', 'ring_worker',
 
 # %% ../nbs/09_ring.ipynb #42f6392a
 from collections.abc import Sequence
+from math import inf
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .config import RingAttentionConfig, check_heads, check_int, complaint
+from .config import RingAttentionConfig, check_heads, check_int, check_unshifted, complaint
 from .memory_pool import UnifiedMemoryPool
 from .ring_layer import RingLayer, run_layer
 from .ring_moves import Event, Traffic
@@ -112,6 +113,7 @@ class RingDilatedAttention(RingLayer):
         part: tuple[int, int] | None = None,  # (first query head, heads of the layer) if it is given some of them only
     ) -> None:
         super().__init__(config, group, pool, overlap)
+        check_unshifted(inf, config.segment_lengths, config.dilation_rates, config.ragged, "in a ring")
         self.part = part
 
     def check(self, q: Any, k: Any, v: Any, mask: Any, is_causal: Any) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from .config import RingAttentionConfig, check_unshifted
+from .config import RingAttentionConfig
 from .masking import Grid, branch_heads, clipped, kv_runs
 from .ring_moves import Call, Move, Parcel, Plan, journey
 from .sharding import Placement, check_split
@@ -219,7 +219,6 @@ def make_task(
     first, total = part or (0, h)
     repeat = h // kv_heads
     check_split(n, ring_size, config.layout, config.segment_lengths if config.ragged == "error" else ())
-    check_unshifted(n, config.segment_lengths, config.dilation_rates, config.ragged, "in a ring")
     return Task(
         Placement(n, ring_size, config.layout), b, total, total // repeat, d, is_causal, masked, config.strategy,
         clipped(config.segment_lengths, n), config.dilation_rates, config.mixing, config.offsets,

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import lru_cache
 from importlib import import_module
-from math import ceil
+from math import ceil, inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -506,9 +506,9 @@ class AttentionCase:
         return {name: getattr(self, name) for name in names} | {"key_padding_mask": mask}
 
     def unshifted(self, n: int | None = None) -> "AttentionCase":
-        "The case with `n` queries and keys, and `ragged='mask'` where 'zeros' would shift rows, which rings refuse."
+        "The case with `n` queries and keys, and `ragged='mask'` where 'zeros' may shift rows, which rings refuse."
         case = self if n is None else replace(self, nq=n, nk=n)
-        moved = any(row_shifts(case.nk, case.segment_lengths, case.dilation_rates, case.ragged))
+        moved = any(row_shifts(inf, case.segment_lengths, case.dilation_rates, case.ragged))
         return replace(case, ragged="mask") if moved else case
 
 

@@ -66,7 +66,7 @@ from dilated_attention_nb.files import (
     write_tensors,
 )
 from .longnet import LongNet, LongNetConfig
-from .memory_pool import memory_limit
+from .memory_pool import check_memory
 from .multihead import Start, normal_start
 from .plotting import plot_curves, plot_training, save_figure
 from .pretrained import check_fit
@@ -338,16 +338,7 @@ class NgramEmbedding(nn.Embedding):
 # %% ../nbs/15_training.ipynb #587c076e
 def check_room(model: LongNetConfig, device: str, copies: int = 1, more: int = 0) -> None:
     "A `ValueError` if a model's matrices, and `more` numbers, can't be in memory so many times in float32."
-    e, narrow = model.embed_dim, model.embed_dim * (model.num_kv_heads or model.num_heads) // model.num_heads
-    layer = 2 * e * (e + narrow + model.inner_dim)
-    tables = (model.vocab_size or 0) * e * (1 if model.tie_embeddings else 2)
-    needed, limit = 4 * copies * (model.num_layers * layer + tables + more), memory_limit(torch.device(device))
-    if needed > limit:
-        got, rule = (
-            f"a model that needs {needed / 2**30:,.1f} GiB",
-            f"fit into the {limit / 2**30:,.1f} GiB of {device}",
-        )
-        raise ValueError(complaint("the model", rule, got, "take fewer or narrower layers"))
+    check_memory("the model", copies * (model.matrix_numbers + model.table_numbers + more), device, torch.float32)
 
 
 def _check_training_room(config: TrainingConfig, copies: int) -> None:

@@ -425,7 +425,7 @@ def test_json_that_was_meddled_with_is_checked():
     [(MultiheadConfig, "embed_dim"), (MultiheadConfig, "num_heads"), (MultiheadConfig, "num_kv_heads"),
      (LongNetConfig, "num_layers"), (LongNetConfig, "embed_dim"), (LongNetConfig, "num_heads"),
      (LongNetConfig, "ffn_dim"), (GigaPathConfig, "depth"), (GigaPathConfig, "embed_dim"),
-     (SparseAttentionConfig, "block_size")],
+     (SparseAttentionConfig, "block_size"), (SparseAttentionConfig, "head_dim")],
 )  # fmt: skip
 def test_absurd_sizes_are_refused_by_name(cls, field, number):
     with pytest.raises(ValueError, match=f"{field} must be at most"):

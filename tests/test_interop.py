@@ -428,7 +428,7 @@ BAD_ARGUMENTS = [
     dict(in_chans=0), dict(embed_dim=30), dict(embed_dim=34), dict(depth=0), dict(num_heads=3), dict(ffn_dim=-1),
     dict(slide_ngrids=0), dict(tile_size=0), dict(tile_size=1.5), dict(segment_lengths=(8, 16)),
     dict(dilation_rates=(1, 2, 0)), dict(global_pool=1), dict(norm_eps=0), dict(dropout=1.0), dict(drop_path_rate=-1),
-    dict(ragged="pad"), dict(check_layout=None),
+    dict(ragged="pad"), dict(ragged="error"), dict(check_layout=None),
 ]  # fmt: skip
 
 

@@ -11,9 +11,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from dilated_attention_nb import longnet
+from dilated_attention_nb.config import DilatedAttentionConfig, MultiheadConfig
+from dilated_attention_nb.decoding import LongNetCache
+from dilated_attention_nb.gigapath import GigaPathSlideEncoder
+from dilated_attention_nb.kv_cache import DilatedKVCache, KVCache
 from dilated_attention_nb.longnet import (
     POSITIONS,
     LayerStack,
@@ -30,6 +35,7 @@ from dilated_attention_nb.longnet import (
     rotate,
     token_losses,
 )
+from dilated_attention_nb.multihead import MultiheadDilatedAttention
 from dilated_attention_nb.testing import saved_for_backward
 
 GOLDEN = Path(__file__).parent / "golden" / "gigapath_slide_encoder.npz"
@@ -60,6 +66,37 @@ def test_none_means_what_the_paper_does():
     assert config.gain == math.sqrt(math.log(24)) and config.inner_dim == 3072 and config.scale_base == 512
     assert config.window == 32768 and config.multihead_config.gamma_init == config.gain
     assert replace(config, gamma_init=2.0).gain == 2 and replace(config, ffn_dim=100).inner_dim == 100
+
+
+WIDE = dict(embed_dim=2**20, num_heads=2**14)  # of layers in TiB
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: LongNet(LongNetConfig(vocab_size=2**31, embed_dim=2**14, num_heads=2**8)),
+        lambda: LongNet(LongNetConfig(**WIDE)),
+        lambda: LayerStack(LongNetConfig(**WIDE, num_layers=10_000)),
+        lambda: LongNetEncoder(LongNetConfig(**WIDE, position="rope", vocab_size=None)),
+        lambda: LongNetEncoder(longnet_tiny(position="rope", vocab_size=2**31, embed_dim=2**14, num_heads=2**8)),
+        lambda: MultiheadDilatedAttention(MultiheadConfig(**WIDE, num_kv_heads=1), DilatedAttentionConfig((4,), (1,))),
+        lambda: GigaPathSlideEncoder(**WIDE),
+        lambda: LongNetCache(longnet_tiny(), 2**40),
+        lambda: KVCache(2**44, 4, 16),
+        lambda: DilatedKVCache(DilatedAttentionConfig((2**40,), (1,)), 4, 16),
+    ],
+)
+def test_what_no_memory_holds_is_refused_before_it_is_built(build):
+    with pytest.raises(ValueError, match=r"(the model|the layer|a cache) must fit into the [0-9.,]+ GiB of cpu"):
+        build()
+
+
+def test_on_meta_and_of_fake_tensors_any_size_can_be_built():
+    config = LongNetConfig(vocab_size=2**31, embed_dim=2**14, num_heads=2**8, num_layers=1)
+    with torch.device("meta"):
+        assert LongNet(config).embed_tokens.weight.is_meta
+    with FakeTensorMode():
+        assert LongNet(config).embed_tokens.num_embeddings == 2**31
 
 
 # ---------------------------------------------------------------- positions

@@ -1,6 +1,7 @@
 """`ragged="zeros"` is torchscale where rates don't divide segments, too: rows show other queries (`row_shifts`)."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,13 @@ from torch import Tensor
 
 from dilated_attention_nb import improved
 from dilated_attention_nb.config import DilatedAttentionConfig, RingAttentionConfig, row_shifts
+from dilated_attention_nb.decoding import LongNetCache
 from dilated_attention_nb.dilated import DilatedAttention
 from dilated_attention_nb.improved import ImprovedDilatedAttention, dilated_attention
 from dilated_attention_nb.kv_cache import DilatedKVCache, KVCache
-from dilated_attention_nb.ring import simulate_ring
+from dilated_attention_nb.longnet import LongNet, longnet_tiny
+from dilated_attention_nb.multihead import create_multihead_dilated_attention
+from dilated_attention_nb.ring import RingDilatedAttention, simulate_ring, traffic
 from dilated_attention_nb.testing import AttentionCase, check_against_oracle, make_qkv, oracle_attention
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "longnet_rates_that_do_not_divide.npz")
@@ -159,8 +163,18 @@ def test_what_cannot_show_other_rows_says_so():
             make()
     assert KVCache(10, 4, 8, config=config).length == 0
     ring = RingAttentionConfig((10,), (4,), **ZEROS)
+    for ring_of in (RingDilatedAttention, lambda c: simulate_ring(k, k, v, c, 2), lambda c: traffic(c, 30, 4, 8, 2)):
+        with pytest.raises(ValueError, match="in a ring"):
+            ring_of(ring)
     with pytest.raises(ValueError, match="in a ring"):
-        simulate_ring(k, k, v, ring, 2)
+        create_multihead_dilated_attention("ring", embed_dim=32, num_heads=4, attention_config=ring)
+    with pytest.raises(ValueError, match="with backend='triton'"):
+        ImprovedDilatedAttention(config, backend="triton")
+    model = longnet_tiny(segment_lengths=(10,), dilation_rates=(4,), ragged="zeros")
+    with pytest.raises(ValueError, match="in a cache"):
+        LongNetCache(model)
+    with pytest.raises(ValueError, match="with backend='triton'"):
+        LongNet(replace(model, backend="triton"))
 
 
 def test_the_fused_kernels_say_so():
