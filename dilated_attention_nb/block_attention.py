@@ -29,6 +29,8 @@ from dilated_attention_nb.partial import (
     attend_forward,
     cast_like_autocast,
     count_operations,
+    finite_gradients,
+    finite_padding,
     merge_lse_,
     product_operations,
     resolve_backend,
@@ -312,15 +314,6 @@ def _fold(
     return [x if x is None else x.expand(size, batch, *x.shape[2:]).flatten(0, 1) for x in wide] + rest
 
 
-def _quiet(mask: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
-    "dout, q, out and lse with 0 in queries that are padding and not finite, whose gradients would reach the keys."
-    if mask is None:
-        return tensors
-    finite = torch.stack([x.flatten(2).isfinite().all(2) for x in tensors[:3]]).all(0)
-    spoilt = mask[:, mask.shape[1] - finite.shape[1] :] & ~finite
-    return tuple(x.masked_fill(spoilt.view(*spoilt.shape, *[1] * (x.dim() - 2)), 0.0) for x in tensors)
-
-
 class _Forward(torch.autograd.Function):
     "The forward operator."
 
@@ -343,7 +336,6 @@ class _Forward(torch.autograd.Function):
         if dout is None:
             return None, None, None, *nothing
         q, k, v, out, lse, mask, *lists = ctx.saved_tensors
-        dout, q, out, lse = _quiet(mask, dout, q, out, lse)
         run: Any = sparse_backward_op if torch.compiler.is_compiling() else _Backward.apply
         return *run(dout, q, k, v, out, lse, mask, *lists, *ctx.options), *nothing
 
@@ -382,11 +374,10 @@ sparse_forward_op.register_autograd(_Forward.backward, setup_context=_Forward.se
 sparse_backward_op.register_autograd(_Backward.backward)
 
 
-def attend_blocks(*inputs: Any) -> Tensor:
+def attend_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *how: Any) -> Tensor:
     "The output; what is compiled or exported holds the operator and its rules, not the Function."
     run: Any = sparse_forward_op if torch.compiler.is_compiling() else _Forward.apply
-    out: Tensor = run(*inputs)[0]
-    return out
+    return finite_gradients(run(finite_padding(q, mask), k, v, mask, *how)[0], mask)
 
 # %% ../nbs/07d_block_attention.ipynb #7d3e5b03
 def _pairs(q: Tensor, k: Tensor, num: Tensor, index: Tensor, size: int, is_causal: bool) -> int:

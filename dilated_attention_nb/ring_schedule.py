@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .memory_pool import UnifiedMemoryPool
-from .partial import tf32
+from .partial import finite_padding, tf32
 from .ring_moves import Buffers, Event, Move
 from .sharding import Exchange, Message
 
@@ -226,7 +226,7 @@ class Attention(torch.autograd.Function):
     def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, runner: Any) -> tuple[Tensor, ...]:
         "Returns out, lse and the parcels that are kept."
         with tf32(runner.use_tf32, q):  # a runner is of any kind that has the two methods
-            out, lse, kept = runner.forward(q, k, v, mask)
+            out, lse, kept = runner.forward(finite_padding(q, mask), k, v, mask)
         runner.parcels = list(kept)
         return out, lse, *kept.values()
 
@@ -262,6 +262,7 @@ class Gradients(torch.autograd.Function):
     def forward(dout: Tensor, runner: Any, *saved: Any) -> tuple[Tensor, ...]:
         q, k, v, mask, out, lse, *kept = saved
         with tf32(runner.use_tf32, q):
+            dout, q = finite_padding(dout, mask), finite_padding(q, mask)  # of padding: keys would get their gradients
             return tuple(runner.backward(dout, q, k, v, out, lse, mask, dict(zip(runner.parcels, kept))))
 
     @staticmethod

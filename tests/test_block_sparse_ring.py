@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from test_ring import PATIENCE, Counted, Pool, heads_at_a_time, said_by_three
+from test_ring import PATIENCE, Counted, Pool, assert_padding_reaches_nobody, heads_at_a_time, holes, said_by_three
 
 from dilated_attention_nb.block_sparse import BlockSparseAttention, block_sparse_attention
 from dilated_attention_nb.block_sparse_plan import make_sparse_plan, needed
@@ -106,6 +106,17 @@ def test_portions_of_heads_change_nothing(again):
         with heads_at_a_time(step):
             found = with_gradients(together, q, k, v, c, 4, True)
         assert_equal(found, with_gradients(alone, q, k, v, c, True))
+
+
+@pytest.mark.parametrize("is_causal", (False, True))
+@pytest.mark.parametrize("kind", FIXED)
+def test_what_lies_under_padding_reaches_nobody(kind, is_causal):
+    mask = holes(128)
+    for options in (dict(), dict(layout="zigzag", strategy="gather", use_checkpointing=False)):
+        c = config(kind, **options)
+        assert_padding_reaches_nobody(
+            lambda *x, c=c: together(*x, c, 4, is_causal, mask), lambda *x, c=c: alone(*x, c, is_causal, mask), mask
+        )
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))

@@ -110,6 +110,53 @@ def test_portions_of_heads_change_nothing(case, ring_size, step, checkpointing, 
         )
 
 
+def differentiated(attend, q, k, v, dout) -> list[torch.Tensor]:
+    "Output and gradients."
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = attend(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+
+def assert_padding_reaches_nobody(ring, plain, mask: torch.Tensor) -> None:
+    """What isn't finite under padding, in q, k, v, or in the gradient of the output, changes nothing elsewhere.
+
+    In float64, against one device with the same, and with zeros in its place.
+    """
+    shape = len(mask), mask.shape[1], 4, 8
+    tensors = *make_qkv(*shape, dtype=torch.float64), make_qkv(*shape, dtype=torch.float64, seed=1)[0]
+    padding, nan, inf = mask[..., None, None], float("nan"), float("inf")
+    zeroed = differentiated(plain, *(x.masked_fill(padding, 0.0) for x in tensors))
+    for fills in ((nan, 0, 0, 0), (0, nan, nan, 0), (0, 0, 0, nan), (inf, inf, -inf, inf)):
+        spoilt = [x.masked_fill(padding, fill) for fill, x in zip(fills, tensors)]
+        found = differentiated(ring, *spoilt)
+        assert all(x.isfinite().all() for x in found), fills
+        for expected in (differentiated(plain, *spoilt), zeroed):
+            for a, b in zip(found, expected):
+                torch.testing.assert_close(a[~mask], b[~mask], atol=1e-12, rtol=1e-12)
+
+
+def holes(n: int) -> torch.Tensor:
+    "Padding at both ends, and between: more than a share of some ranks."
+    mask = torch.zeros(2, n, dtype=torch.bool)
+    mask[0, :2], mask[0, n // 2] = True, True
+    mask[1, 3 : n // 5], mask[1, -n // 3 :] = True, True
+    return mask
+
+
+@pytest.mark.parametrize("is_causal", (False, True))
+@pytest.mark.parametrize("mixing", ("groups", "softmax"))
+@pytest.mark.parametrize(
+    "options", (dict(), dict(layout="zigzag", strategy="gather", use_checkpointing=False)), ids=("ring", "gather")
+)
+def test_what_lies_under_padding_reaches_nobody(options, mixing, is_causal):
+    mask, c = holes(48), config(mixing=mixing, **options)
+    assert_padding_reaches_nobody(
+        lambda *x: simulate_ring(*x, c, 4, is_causal, mask),
+        lambda *x: dilated_attention(*x, W, R, mixing=mixing, is_causal=is_causal, key_padding_mask=mask),
+        mask,
+    )
+
+
 def test_large_shares_are_cut():
     sizes = {}
     for dtype in (torch.float32, torch.bfloat16):
