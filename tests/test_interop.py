@@ -1040,10 +1040,10 @@ DILATED = replace(FULL, segment_lengths=(6, 24), dilation_rates=(1, 3), mixing="
 
 
 ZEROS = replace(DILATED, ragged="zeros")
-BRANCHES = [DILATED, ZEROS, replace(ZEROS, segment_lengths=(5, 24), offsets="interleaved")]
+PADDED = [DILATED, ZEROS, replace(ZEROS, segment_lengths=(5, 24), offsets="interleaved")]
 
 
-@pytest.mark.parametrize("config", BRANCHES, ids=["mask", "zeros", "zeros whose rates don't divide"])
+@pytest.mark.parametrize("config", PADDED, ids=["mask", "zeros", "zeros whose rates don't divide"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_padding_on_the_left_on_the_right_and_none(causal, config):
     model, x = replace_attention(stack(), config).eval(), torch.randn(1, 17, 32)
@@ -1062,7 +1062,7 @@ def test_padding_on_the_left_on_the_right_and_none(causal, config):
         assert all(p.grad.isfinite().all() for p in mha.parameters())
 
 
-@pytest.mark.parametrize("config", BRANCHES, ids=["mask", "zeros", "zeros whose rates don't divide"])
+@pytest.mark.parametrize("config", PADDED, ids=["mask", "zeros", "zeros whose rates don't divide"])
 def test_rows_of_nothing_but_padding(config):
     ours, x = replace_attention(nn.MultiheadAttention(32, 4, batch_first=True), config), torch.randn(2, 24, 32)
     nothing = torch.ones(2, 24).bool()
@@ -1071,7 +1071,7 @@ def test_rows_of_nothing_but_padding(config):
         assert not out[padding].any() and not weights[padding].any() and out.isfinite().all()
 
 
-@pytest.mark.parametrize("config", BRANCHES, ids=["mask", "zeros", "zeros whose rates don't divide"])
+@pytest.mark.parametrize("config", PADDED, ids=["mask", "zeros", "zeros whose rates don't divide"])
 def test_weights_of_padded_rows(config):
     ours, x = replace_attention(nn.MultiheadAttention(32, 4, batch_first=True), config), torch.randn(1, 17, 32)
     real = torch.arange(24) >= 7
