@@ -1,1192 +1,293 @@
 """Dilated attention for very long sequences: a library written as notebooks.
 
-All public names stand here: `from dilated_attention_nb import dilated_attention`. A module is imported when one of its
-names is first used, so that plots, training or testing cost nothing to those who only attend.
+The names that users type stand here: `from dilated_attention_nb import dilated_attention`. A module is imported when
+one of its names is first used, so that plots, training or testing cost nothing to those who only attend. All other
+public names are reached through their modules.
 """
 
-# The names below are collected by scripts/root.py from the modules' __all__: run `make export` after a change.
+# Written by scripts/root.py, which holds the list of names: run `make export` after a change.
 
-from importlib import import_module
+from importlib import import_module, resources
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from dilated_attention_nb import config as config
-    from dilated_attention_nb.config import (
-        BACKENDS as BACKENDS,
-        BlockSparseRingConfig as BlockSparseRingConfig,
-        Config as Config,
-        ConfiguredModule as ConfiguredModule,
-        DATA_ENGINES as DATA_ENGINES,
-        DISTRIBUTED_BACKENDS as DISTRIBUTED_BACKENDS,
-        DilatedAttentionConfig as DilatedAttentionConfig,
-        DistributedConfig as DistributedConfig,
-        EVICTION_POLICIES as EVICTION_POLICIES,
-        FLOAT_DTYPES as FLOAT_DTYPES,
-        LARGEST as LARGEST,
-        LAYER_BACKENDS as LAYER_BACKENDS,
-        MIXINGS as MIXINGS,
-        MOST_BRANCHES as MOST_BRANCHES,
-        MemoryPoolConfig as MemoryPoolConfig,
-        MultiheadConfig as MultiheadConfig,
-        OFFSETS as OFFSETS,
-        PIPELINE_SCHEDULES as PIPELINE_SCHEDULES,
-        RAGGED as RAGGED,
-        RING_LAYOUTS as RING_LAYOUTS,
-        RING_STRATEGIES as RING_STRATEGIES,
-        RingAttentionConfig as RingAttentionConfig,
-        SPARSE_PATTERNS as SPARSE_PATTERNS,
-        SparseAttentionConfig as SparseAttentionConfig,
-        WIDEST as WIDEST,
-        check_alike as check_alike,
-        check_block_size as check_block_size,
-        check_branches as check_branches,
-        check_choice as check_choice,
-        check_config as check_config,
-        check_device as check_device,
-        check_dropout as check_dropout,
-        check_dtype as check_dtype,
-        check_flag as check_flag,
-        check_floats as check_floats,
-        check_head_dim as check_head_dim,
-        check_heads as check_heads,
-        check_home as check_home,
-        check_int as check_int,
-        check_ints as check_ints,
-        check_kv_heads as check_kv_heads,
-        check_length as check_length,
-        check_number as check_number,
-        check_padding as check_padding,
-        check_placement as check_placement,
-        check_positive as check_positive,
-        check_qkv as check_qkv,
-        check_ratio as check_ratio,
-        check_scale as check_scale,
-        check_unshifted as check_unshifted,
-        complaint as complaint,
-        nearest as nearest,
-        parse_json as parse_json,
-        row_shifts as row_shifts,
-        shown as shown,
-        valid_lengths as valid_lengths,
-    )
-    from dilated_attention_nb import files as files
-    from dilated_attention_nb.files import (
-        Lines as Lines,
-        TensorFile as TensorFile,
-        check_file as check_file,
-        open_tensors as open_tensors,
-        owned as owned,
-        read_bytes as read_bytes,
-        read_config as read_config,
-        read_json as read_json,
-        read_lines as read_lines,
-        settled as settled,
-        stored_config as stored_config,
-        sync_folder as sync_folder,
-        unreadable as unreadable,
-        write_file as write_file,
-        write_tensors as write_tensors,
-    )
-    from dilated_attention_nb import testing as testing
-    from dilated_attention_nb.testing import (
-        AttentionCase as AttentionCase,
-        PeakMemory as PeakMemory,
-        SavedTensors as SavedTensors,
-        assert_batch_independent as assert_batch_independent,
-        assert_causal as assert_causal,
-        assert_within_budget as assert_within_budget,
-        attends as attends,
-        attention_cases as attention_cases,
-        branches_of_head as branches_of_head,
-        check_against_oracle as check_against_oracle,
-        demo_failure as demo_failure,
-        demo_fill as demo_fill,
-        demo_ring as demo_ring,
-        error_budget as error_budget,
-        make_qkv as make_qkv,
-        oracle_attention as oracle_attention,
-        oracle_counts as oracle_counts,
-        peak_memory as peak_memory,
-        plain_attention as plain_attention,
-        saved_for_backward as saved_for_backward,
-        spawn_gloo as spawn_gloo,
-    )
-    from dilated_attention_nb import plotting as plotting
-    from dilated_attention_nb.plotting import (
-        INK as INK,
-        MARKERS as MARKERS,
-        ORIGIN as ORIGIN,
-        PALETTE as PALETTE,
-        PAPER as PAPER,
-        STYLE as STYLE,
-        binary_length as binary_length,
-        caption as caption,
-        finest_branch as finest_branch,
-        head_branches as head_branches,
-        naive_mask as naive_mask,
-        pattern_codes as pattern_codes,
-        plot_branches as plot_branches,
-        plot_curves as plot_curves,
-        plot_mask as plot_mask,
-        plot_masks as plot_masks,
-        plot_patterns as plot_patterns,
-        plot_reach as plot_reach,
-        plot_schedule as plot_schedule,
-        plot_training as plot_training,
-        reached as reached,
-        save_figure as save_figure,
-        smoothed as smoothed,
-    )
-    from dilated_attention_nb import memory_pool as memory_pool
-    from dilated_attention_nb.memory_pool import (
-        UnifiedMemoryPool as UnifiedMemoryPool,
-        check_memory as check_memory,
-        memory_limit as memory_limit,
-        memory_pressure as memory_pressure,
-    )
-    from dilated_attention_nb import masking as masking
-    from dilated_attention_nb.masking import (
-        Grid as Grid,
-        Piece as Piece,
-        Tile as Tile,
-        attention_counts as attention_counts,
-        branch_heads as branch_heads,
-        branch_mask as branch_mask,
-        causal_mask as causal_mask,
-        clipped as clipped,
-        fill_segments as fill_segments,
-        grid_pairs as grid_pairs,
-        head_groups as head_groups,
-        kv_runs as kv_runs,
-        tiles as tiles,
-    )
-    from dilated_attention_nb import partial as partial
-    from dilated_attention_nb.partial import (
-        Backend as Backend,
-        KERNELS as KERNELS,
-        absent as absent,
-        attend as attend,
-        attend_backward as attend_backward,
-        attend_forward as attend_forward,
-        available_backends as available_backends,
-        finite_padding as finite_padding,
-        merge as merge,
-        merge_ as merge_,
-        merge_lse_ as merge_lse_,
-        resolve_backend as resolve_backend,
-    )
-    from dilated_attention_nb import dilated as dilated
-    from dilated_attention_nb.dilated import (
-        DilatedAttention as DilatedAttention,
-    )
-    from dilated_attention_nb import fused_plan as fused_plan
-    from dilated_attention_nb.fused_plan import (
-        branches_by_head as branches_by_head,
-        row_classes as row_classes,
-    )
-    from dilated_attention_nb import triton_forward as triton_forward
-    from dilated_attention_nb.triton_forward import (
-        fused_forward as fused_forward,
-    )
-    from dilated_attention_nb import triton_backward as triton_backward
-    from dilated_attention_nb.triton_backward import (
-        fused_backward as fused_backward,
-    )
-    from dilated_attention_nb import improved as improved
-    from dilated_attention_nb.improved import (
-        ImprovedDilatedAttention as ImprovedDilatedAttention,
-        Packing as Packing,
-        dilated_attention as dilated_attention,
-    )
-    from dilated_attention_nb import block_patterns as block_patterns
-    from dilated_attention_nb.block_patterns import (
-        BlockPattern as BlockPattern,
-        PatternCache as PatternCache,
-        block_pattern as block_pattern,
-    )
-    from dilated_attention_nb import block_plan as block_plan
     from dilated_attention_nb import block_attention as block_attention
-    from dilated_attention_nb.block_attention import (
-        block_sparse_attention as block_sparse_attention,
-    )
+    from dilated_attention_nb import block_patterns as block_patterns
     from dilated_attention_nb import block_sparse as block_sparse
-    from dilated_attention_nb.block_sparse import (
-        BlockScorer as BlockScorer,
-        BlockSparseAttention as BlockSparseAttention,
-        block_shares as block_shares,
-        pooled as pooled,
-        scorer_loss as scorer_loss,
-    )
-    from dilated_attention_nb import sharding as sharding
-    from dilated_attention_nb.sharding import (
-        gather_sequence as gather_sequence,
-        shard_sequence as shard_sequence,
-        sharding_worker as sharding_worker,
-    )
-    from dilated_attention_nb import ring_moves as ring_moves
-    from dilated_attention_nb.ring_moves import (
-        Traffic as Traffic,
-    )
-    from dilated_attention_nb import ring_schedule as ring_schedule
-    from dilated_attention_nb import ring_layer as ring_layer
-    from dilated_attention_nb.ring_layer import (
-        RingLayer as RingLayer,
-    )
-    from dilated_attention_nb import ring_plan as ring_plan
-    from dilated_attention_nb import ring_tiles as ring_tiles
-    from dilated_attention_nb import ring as ring
-    from dilated_attention_nb.ring import (
-        RingDilatedAttention as RingDilatedAttention,
-        check_part as check_part,
-        ring_worker as ring_worker,
-        simulate_ring as simulate_ring,
-        traffic as traffic,
-    )
-    from dilated_attention_nb import block_sparse_plan as block_sparse_plan
     from dilated_attention_nb import block_sparse_ring as block_sparse_ring
+    from dilated_attention_nb import config as config
+    from dilated_attention_nb import decoding as decoding
+    from dilated_attention_nb import dilated as dilated
+    from dilated_attention_nb import distributed as distributed
+    from dilated_attention_nb import elastic as elastic
+    from dilated_attention_nb import files as files
+    from dilated_attention_nb import fused_plan as fused_plan
+    from dilated_attention_nb import gigapath as gigapath
+    from dilated_attention_nb import improved as improved
+    from dilated_attention_nb import interop as interop
+    from dilated_attention_nb import kv_cache as kv_cache
+    from dilated_attention_nb import longnet as longnet
+    from dilated_attention_nb import masking as masking
+    from dilated_attention_nb import memory_pool as memory_pool
+    from dilated_attention_nb import multihead as multihead
+    from dilated_attention_nb import partial as partial
+    from dilated_attention_nb import plotting as plotting
+    from dilated_attention_nb import pretrained as pretrained
+    from dilated_attention_nb import ring as ring
+    from dilated_attention_nb import ring_layer as ring_layer
+    from dilated_attention_nb import ring_moves as ring_moves
+    from dilated_attention_nb import scaling as scaling
+    from dilated_attention_nb import sharded as sharded
+    from dilated_attention_nb import sharding as sharding
+    from dilated_attention_nb import testing as testing
+    from dilated_attention_nb import training as training
+    from dilated_attention_nb import triton_backward as triton_backward
+    from dilated_attention_nb import triton_forward as triton_forward
+    from dilated_attention_nb.improved import dilated_attention as dilated_attention
+    from dilated_attention_nb.improved import Packing as Packing
+    from dilated_attention_nb.partial import attend as attend
+    from dilated_attention_nb.partial import merge as merge
+    from dilated_attention_nb.partial import available_backends as available_backends
+    from dilated_attention_nb.block_patterns import block_pattern as block_pattern
+    from dilated_attention_nb.block_attention import block_sparse_attention as block_sparse_attention
+    from dilated_attention_nb.dilated import DilatedAttention as DilatedAttention
+    from dilated_attention_nb.improved import ImprovedDilatedAttention as ImprovedDilatedAttention
+    from dilated_attention_nb.block_sparse import BlockSparseAttention as BlockSparseAttention
+    from dilated_attention_nb.ring import RingDilatedAttention as RingDilatedAttention
     from dilated_attention_nb.block_sparse_ring import (
         BlockSparseRingDilatedAttention as BlockSparseRingDilatedAttention,
-        block_sparse_ring_worker as block_sparse_ring_worker,
-        block_sparse_traffic as block_sparse_traffic,
     )
-    from dilated_attention_nb import multihead as multihead
-    from dilated_attention_nb.multihead import (
-        ATTENTIONS as ATTENTIONS,
-        CONFIGS as CONFIGS,
-        KINDS as KINDS,
-        LONGEST_WEIGHTS as LONGEST_WEIGHTS,
-        MultiheadDilatedAttention as MultiheadDilatedAttention,
-        attention_weights as attention_weights,
-        create_dilated_attention as create_dilated_attention,
-        create_multihead_dilated_attention as create_multihead_dilated_attention,
-        resolve_kind as resolve_kind,
-    )
-    from dilated_attention_nb import longnet as longnet
-    from dilated_attention_nb.longnet import (
-        DEEPEST as DEEPEST,
-        FeedForward as FeedForward,
-        LARGEST_EXPONENT as LARGEST_EXPONENT,
-        LayerStack as LayerStack,
-        LongNet as LongNet,
-        LongNetConfig as LongNetConfig,
-        LongNetEncoder as LongNetEncoder,
-        LongNetLayer as LongNetLayer,
-        POSITIONS as POSITIONS,
-        Rotation as Rotation,
-        longnet_125m as longnet_125m,
-        longnet_tiny as longnet_tiny,
-        make_rotation as make_rotation,
-        parameter_counts as parameter_counts,
-        rotate as rotate,
-        token_losses as token_losses,
-    )
-    from dilated_attention_nb import kv_cache as kv_cache
-    from dilated_attention_nb.kv_cache import (
-        DilatedKVCache as DilatedKVCache,
-        KVCache as KVCache,
-    )
-    from dilated_attention_nb import sharded as sharded
-    from dilated_attention_nb.sharded import (
-        LongNetShare as LongNetShare,
-        MeanLoss as MeanLoss,
-        MeanOverRanks as MeanOverRanks,
-        Team as Team,
-        check_share as check_share,
-        embed_share as embed_share,
-        group_backends as group_backends,
-        join_processes as join_processes,
-        joined_team as joined_team,
-        put_ring as put_ring,
-        share_in_ring as share_in_ring,
-        share_positions as share_positions,
-        share_worker as share_worker,
-        without_padding as without_padding,
-    )
-    from dilated_attention_nb import decoding as decoding
-    from dilated_attention_nb.decoding import (
-        JoinedCache as JoinedCache,
-        LongNetCache as LongNetCache,
-        check_drawing as check_drawing,
-        draw_tokens as draw_tokens,
-        generate as generate,
-        kept_logits as kept_logits,
-        kv_cache_bytes as kv_cache_bytes,
-    )
-    from dilated_attention_nb import gigapath as gigapath
-    from dilated_attention_nb.gigapath import (
-        GigaPathConfig as GigaPathConfig,
-        GigaPathSlideEncoder as GigaPathSlideEncoder,
-        attention_rollout as attention_rollout,
-        position_codes as position_codes,
-        slide_segment_lengths as slide_segment_lengths,
-        tile_cells as tile_cells,
-    )
-    from dilated_attention_nb import pretrained as pretrained
-    from dilated_attention_nb.pretrained import (
-        check_fit as check_fit,
-        fill_exactly as fill_exactly,
-        from_pretrained as from_pretrained,
-        read_tensors as read_tensors,
-        save_pretrained as save_pretrained,
-    )
-    from dilated_attention_nb import interop as interop
-    from dilated_attention_nb.interop import (
-        DilatedMHA as DilatedMHA,
-        check_dilated as check_dilated,
-        register_with_transformers as register_with_transformers,
-        replace_attention as replace_attention,
-    )
-    from dilated_attention_nb import training as training
-    from dilated_attention_nb.training import (
-        Corpus as Corpus,
-        DEFAULTS as DEFAULTS,
-        LONGEST_NGRAM as LONGEST_NGRAM,
-        MODULE as MODULE,
-        NgramEmbedding as NgramEmbedding,
-        SEPARATOR as SEPARATOR,
-        SKIPPED as SKIPPED,
-        STAGES as STAGES,
-        StoppedError as StoppedError,
-        TrainingConfig as TrainingConfig,
-        VOCAB as VOCAB,
-        autocast as autocast,
-        bits_per_byte as bits_per_byte,
-        calibrated_seconds as calibrated_seconds,
-        check_room as check_room,
-        check_unfinished as check_unfinished,
-        choose_device as choose_device,
-        compressed_bits_per_byte as compressed_bits_per_byte,
-        context_lengths as context_lengths,
-        demo as demo,
-        fast_dtype as fast_dtype,
-        finish as finish,
-        forward_seconds as forward_seconds,
-        held_out as held_out,
-        launched_run as launched_run,
-        learning_rate as learning_rate,
-        load_checkpoint as load_checkpoint,
-        load_run as load_run,
-        make_model as make_model,
-        make_optimizers as make_optimizers,
-        make_plan as make_plan,
-        mixed_seed as mixed_seed,
-        new_folder as new_folder,
-        noted_signals as noted_signals,
-        origin as origin,
-        parse as parse,
-        plan_of_steps as plan_of_steps,
-        read_corpus as read_corpus,
-        read_metrics as read_metrics,
-        resume_run as resume_run,
-        sample_tokens as sample_tokens,
-        save_checkpoint as save_checkpoint,
-        sequence_worker as sequence_worker,
-        stage_of as stage_of,
-        start_run as start_run,
-        state_tensors as state_tensors,
-        table as table,
-        text_files as text_files,
-        to_bytes as to_bytes,
-        to_tokens as to_tokens,
-        train as train,
-        train_step as train_step,
-        training_batch as training_batch,
-        with_branches as with_branches,
-    )
-    from dilated_attention_nb import distributed as distributed
-    from dilated_attention_nb.distributed import (
-        DIMENSIONS as DIMENSIONS,
-        DistributedLongNet as DistributedLongNet,
-        check_supported as check_supported,
-        check_tensor_shards as check_tensor_shards,
-        cut_layer as cut_layer,
-        make_mesh as make_mesh,
-        mesh_sizes as mesh_sizes,
-        mesh_table as mesh_table,
-        single_losses as single_losses,
-        stage_layers as stage_layers,
-        steps_worker as steps_worker,
-    )
-    from dilated_attention_nb import elastic as elastic
-    from dilated_attention_nb.elastic import (
-        Checkpoints as Checkpoints,
-        check_checkpoint as check_checkpoint,
-        doomed_worker as doomed_worker,
-        elastic_configs as elastic_configs,
-        elastic_main as elastic_main,
-        parse_elastic as parse_elastic,
-        put_training_tensors as put_training_tensors,
-        step_batch as step_batch,
-        train_elastic as train_elastic,
-        training_tensors as training_tensors,
-    )
-    from dilated_attention_nb import scaling as scaling
-    from dilated_attention_nb.scaling import (
-        Cluster as Cluster,
-        SCHEMES as SCHEMES,
-        attention_pairs as attention_pairs,
-        kept_numbers as kept_numbers,
-        layer_bytes as layer_bytes,
-        play_ring as play_ring,
-        rank_memory as rank_memory,
-        received_rows as received_rows,
-        segments_of as segments_of,
-        step_flops as step_flops,
-        step_seconds as step_seconds,
-        zigzag_parts as zigzag_parts,
-    )
-    from dilated_attention_nb import benchmarks as benchmarks
+    from dilated_attention_nb.multihead import create_dilated_attention as create_dilated_attention
+    from dilated_attention_nb.multihead import MultiheadDilatedAttention as MultiheadDilatedAttention
+    from dilated_attention_nb.multihead import create_multihead_dilated_attention as create_multihead_dilated_attention
+    from dilated_attention_nb.interop import DilatedMHA as DilatedMHA
+    from dilated_attention_nb.interop import replace_attention as replace_attention
+    from dilated_attention_nb.config import DilatedAttentionConfig as DilatedAttentionConfig
+    from dilated_attention_nb.config import MultiheadConfig as MultiheadConfig
+    from dilated_attention_nb.config import SparseAttentionConfig as SparseAttentionConfig
+    from dilated_attention_nb.config import RingAttentionConfig as RingAttentionConfig
+    from dilated_attention_nb.config import BlockSparseRingConfig as BlockSparseRingConfig
+    from dilated_attention_nb.longnet import LongNetConfig as LongNetConfig
+    from dilated_attention_nb.gigapath import GigaPathConfig as GigaPathConfig
+    from dilated_attention_nb.training import TrainingConfig as TrainingConfig
+    from dilated_attention_nb.config import DistributedConfig as DistributedConfig
+    from dilated_attention_nb.config import MemoryPoolConfig as MemoryPoolConfig
+    from dilated_attention_nb.longnet import LongNet as LongNet
+    from dilated_attention_nb.longnet import LongNetEncoder as LongNetEncoder
+    from dilated_attention_nb.longnet import longnet_tiny as longnet_tiny
+    from dilated_attention_nb.longnet import longnet_125m as longnet_125m
+    from dilated_attention_nb.longnet import token_losses as token_losses
+    from dilated_attention_nb.gigapath import GigaPathSlideEncoder as GigaPathSlideEncoder
+    from dilated_attention_nb.gigapath import slide_segment_lengths as slide_segment_lengths
+    from dilated_attention_nb.gigapath import tile_cells as tile_cells
+    from dilated_attention_nb.gigapath import attention_rollout as attention_rollout
+    from dilated_attention_nb.interop import register_with_transformers as register_with_transformers
+    from dilated_attention_nb.interop import check_dilated as check_dilated
+    from dilated_attention_nb.pretrained import save_pretrained as save_pretrained
+    from dilated_attention_nb.pretrained import from_pretrained as from_pretrained
+    from dilated_attention_nb.decoding import generate as generate
+    from dilated_attention_nb.kv_cache import KVCache as KVCache
+    from dilated_attention_nb.kv_cache import DilatedKVCache as DilatedKVCache
+    from dilated_attention_nb.decoding import LongNetCache as LongNetCache
+    from dilated_attention_nb.decoding import JoinedCache as JoinedCache
+    from dilated_attention_nb.training import to_bytes as to_bytes
+    from dilated_attention_nb.training import to_tokens as to_tokens
+    from dilated_attention_nb.training import read_corpus as read_corpus
+    from dilated_attention_nb.training import bits_per_byte as bits_per_byte
+    from dilated_attention_nb.training import train as train
+    from dilated_attention_nb.training import load_run as load_run
+    from dilated_attention_nb.elastic import train_elastic as train_elastic
+    from dilated_attention_nb.sharding import shard_sequence as shard_sequence
+    from dilated_attention_nb.sharding import gather_sequence as gather_sequence
+    from dilated_attention_nb.sharded import share_in_ring as share_in_ring
+    from dilated_attention_nb.sharded import LongNetShare as LongNetShare
+    from dilated_attention_nb.distributed import DistributedLongNet as DistributedLongNet
+    from dilated_attention_nb.scaling import Cluster as Cluster
+    from dilated_attention_nb.memory_pool import UnifiedMemoryPool as UnifiedMemoryPool
+    from dilated_attention_nb.testing import make_qkv as make_qkv
+    from dilated_attention_nb.testing import oracle_attention as oracle_attention
+    from dilated_attention_nb.testing import check_against_oracle as check_against_oracle
+    from dilated_attention_nb.testing import AttentionCase as AttentionCase
+    from dilated_attention_nb.testing import attention_cases as attention_cases
+    from dilated_attention_nb.testing import assert_causal as assert_causal
+    from dilated_attention_nb.testing import spawn_gloo as spawn_gloo
 
-_NAMES: dict[str, tuple[str, ...]] = {
-    "config": (
-        "BACKENDS",
-        "BlockSparseRingConfig",
-        "Config",
-        "ConfiguredModule",
-        "DATA_ENGINES",
-        "DISTRIBUTED_BACKENDS",
-        "DilatedAttentionConfig",
-        "DistributedConfig",
-        "EVICTION_POLICIES",
-        "FLOAT_DTYPES",
-        "LARGEST",
-        "LAYER_BACKENDS",
-        "MIXINGS",
-        "MOST_BRANCHES",
-        "MemoryPoolConfig",
-        "MultiheadConfig",
-        "OFFSETS",
-        "PIPELINE_SCHEDULES",
-        "RAGGED",
-        "RING_LAYOUTS",
-        "RING_STRATEGIES",
-        "RingAttentionConfig",
-        "SPARSE_PATTERNS",
-        "SparseAttentionConfig",
-        "WIDEST",
-        "check_alike",
-        "check_block_size",
-        "check_branches",
-        "check_choice",
-        "check_config",
-        "check_device",
-        "check_dropout",
-        "check_dtype",
-        "check_flag",
-        "check_floats",
-        "check_head_dim",
-        "check_heads",
-        "check_home",
-        "check_int",
-        "check_ints",
-        "check_kv_heads",
-        "check_length",
-        "check_number",
-        "check_padding",
-        "check_placement",
-        "check_positive",
-        "check_qkv",
-        "check_ratio",
-        "check_scale",
-        "check_unshifted",
-        "complaint",
-        "nearest",
-        "parse_json",
-        "row_shifts",
-        "shown",
-        "valid_lengths",
-    ),
-    "files": (
-        "Lines",
-        "TensorFile",
-        "check_file",
-        "open_tensors",
-        "owned",
-        "read_bytes",
-        "read_config",
-        "read_json",
-        "read_lines",
-        "settled",
-        "stored_config",
-        "sync_folder",
-        "unreadable",
-        "write_file",
-        "write_tensors",
-    ),
-    "testing": (
-        "AttentionCase",
-        "PeakMemory",
-        "SavedTensors",
-        "assert_batch_independent",
-        "assert_causal",
-        "assert_within_budget",
-        "attends",
-        "attention_cases",
-        "branches_of_head",
-        "check_against_oracle",
-        "demo_failure",
-        "demo_fill",
-        "demo_ring",
-        "error_budget",
-        "make_qkv",
-        "oracle_attention",
-        "oracle_counts",
-        "peak_memory",
-        "plain_attention",
-        "saved_for_backward",
-        "spawn_gloo",
-    ),
-    "plotting": (
-        "INK",
-        "MARKERS",
-        "ORIGIN",
-        "PALETTE",
-        "PAPER",
-        "STYLE",
-        "binary_length",
-        "caption",
-        "finest_branch",
-        "head_branches",
-        "naive_mask",
-        "pattern_codes",
-        "plot_branches",
-        "plot_curves",
-        "plot_mask",
-        "plot_masks",
-        "plot_patterns",
-        "plot_reach",
-        "plot_schedule",
-        "plot_training",
-        "reached",
-        "save_figure",
-        "smoothed",
-    ),
-    "memory_pool": (
-        "UnifiedMemoryPool",
-        "check_memory",
-        "memory_limit",
-        "memory_pressure",
-    ),
-    "masking": (
-        "Grid",
-        "Piece",
-        "Tile",
-        "attention_counts",
-        "branch_heads",
-        "branch_mask",
-        "causal_mask",
-        "clipped",
-        "fill_segments",
-        "grid_pairs",
-        "head_groups",
-        "kv_runs",
-        "tiles",
-    ),
-    "partial": (
-        "Backend",
-        "KERNELS",
-        "absent",
-        "attend",
-        "attend_backward",
-        "attend_forward",
-        "available_backends",
-        "finite_padding",
-        "merge",
-        "merge_",
-        "merge_lse_",
-        "resolve_backend",
-    ),
-    "dilated": (
-        "DilatedAttention",
-    ),
-    "fused_plan": (
-        "branches_by_head",
-        "row_classes",
-    ),
-    "triton_forward": (
-        "fused_forward",
-    ),
-    "triton_backward": (
-        "fused_backward",
-    ),
-    "improved": (
-        "ImprovedDilatedAttention",
-        "Packing",
-        "dilated_attention",
-    ),
-    "block_patterns": (
-        "BlockPattern",
-        "PatternCache",
-        "block_pattern",
-    ),
-    "block_plan": (
-    ),
-    "block_attention": (
-        "block_sparse_attention",
-    ),
-    "block_sparse": (
-        "BlockScorer",
-        "BlockSparseAttention",
-        "block_shares",
-        "pooled",
-        "scorer_loss",
-    ),
-    "sharding": (
-        "gather_sequence",
-        "shard_sequence",
-        "sharding_worker",
-    ),
-    "ring_moves": (
-        "Traffic",
-    ),
-    "ring_schedule": (
-    ),
-    "ring_layer": (
-        "RingLayer",
-    ),
-    "ring_plan": (
-    ),
-    "ring_tiles": (
-    ),
-    "ring": (
-        "RingDilatedAttention",
-        "check_part",
-        "ring_worker",
-        "simulate_ring",
-        "traffic",
-    ),
-    "block_sparse_plan": (
-    ),
-    "block_sparse_ring": (
-        "BlockSparseRingDilatedAttention",
-        "block_sparse_ring_worker",
-        "block_sparse_traffic",
-    ),
-    "multihead": (
-        "ATTENTIONS",
-        "CONFIGS",
-        "KINDS",
-        "LONGEST_WEIGHTS",
-        "MultiheadDilatedAttention",
-        "attention_weights",
-        "create_dilated_attention",
-        "create_multihead_dilated_attention",
-        "resolve_kind",
-    ),
-    "longnet": (
-        "DEEPEST",
-        "FeedForward",
-        "LARGEST_EXPONENT",
-        "LayerStack",
-        "LongNet",
-        "LongNetConfig",
-        "LongNetEncoder",
-        "LongNetLayer",
-        "POSITIONS",
-        "Rotation",
-        "longnet_125m",
-        "longnet_tiny",
-        "make_rotation",
-        "parameter_counts",
-        "rotate",
-        "token_losses",
-    ),
-    "kv_cache": (
-        "DilatedKVCache",
-        "KVCache",
-    ),
-    "sharded": (
-        "LongNetShare",
-        "MeanLoss",
-        "MeanOverRanks",
-        "Team",
-        "check_share",
-        "embed_share",
-        "group_backends",
-        "join_processes",
-        "joined_team",
-        "put_ring",
-        "share_in_ring",
-        "share_positions",
-        "share_worker",
-        "without_padding",
-    ),
-    "decoding": (
-        "JoinedCache",
-        "LongNetCache",
-        "check_drawing",
-        "draw_tokens",
-        "generate",
-        "kept_logits",
-        "kv_cache_bytes",
-    ),
-    "gigapath": (
-        "GigaPathConfig",
-        "GigaPathSlideEncoder",
-        "attention_rollout",
-        "position_codes",
-        "slide_segment_lengths",
-        "tile_cells",
-    ),
-    "pretrained": (
-        "check_fit",
-        "fill_exactly",
-        "from_pretrained",
-        "read_tensors",
-        "save_pretrained",
-    ),
-    "interop": (
-        "DilatedMHA",
-        "check_dilated",
-        "register_with_transformers",
-        "replace_attention",
-    ),
-    "training": (
-        "Corpus",
-        "DEFAULTS",
-        "LONGEST_NGRAM",
-        "MODULE",
-        "NgramEmbedding",
-        "SEPARATOR",
-        "SKIPPED",
-        "STAGES",
-        "StoppedError",
-        "TrainingConfig",
-        "VOCAB",
-        "autocast",
-        "bits_per_byte",
-        "calibrated_seconds",
-        "check_room",
-        "check_unfinished",
-        "choose_device",
-        "compressed_bits_per_byte",
-        "context_lengths",
-        "demo",
-        "fast_dtype",
-        "finish",
-        "forward_seconds",
-        "held_out",
-        "launched_run",
-        "learning_rate",
-        "load_checkpoint",
-        "load_run",
-        "make_model",
-        "make_optimizers",
-        "make_plan",
-        "mixed_seed",
-        "new_folder",
-        "noted_signals",
-        "origin",
-        "parse",
-        "plan_of_steps",
-        "read_corpus",
-        "read_metrics",
-        "resume_run",
-        "sample_tokens",
-        "save_checkpoint",
-        "sequence_worker",
-        "stage_of",
-        "start_run",
-        "state_tensors",
-        "table",
-        "text_files",
-        "to_bytes",
-        "to_tokens",
-        "train",
-        "train_step",
-        "training_batch",
-        "with_branches",
-    ),
-    "distributed": (
-        "DIMENSIONS",
-        "DistributedLongNet",
-        "check_supported",
-        "check_tensor_shards",
-        "cut_layer",
-        "make_mesh",
-        "mesh_sizes",
-        "mesh_table",
-        "single_losses",
-        "stage_layers",
-        "steps_worker",
-    ),
-    "elastic": (
-        "Checkpoints",
-        "check_checkpoint",
-        "doomed_worker",
-        "elastic_configs",
-        "elastic_main",
-        "parse_elastic",
-        "put_training_tensors",
-        "step_batch",
-        "train_elastic",
-        "training_tensors",
-    ),
-    "scaling": (
-        "Cluster",
-        "SCHEMES",
-        "attention_pairs",
-        "kept_numbers",
-        "layer_bytes",
-        "play_ring",
-        "rank_memory",
-        "received_rows",
-        "segments_of",
-        "step_flops",
-        "step_seconds",
-        "zigzag_parts",
-    ),
-    "benchmarks": (
-    ),
+_HOME = {
+    # attention
+    "dilated_attention": "improved",
+    "Packing": "improved",
+    "attend": "partial",
+    "merge": "partial",
+    "available_backends": "partial",
+    "block_pattern": "block_patterns",
+    "block_sparse_attention": "block_attention",
+    # modules
+    "DilatedAttention": "dilated",
+    "ImprovedDilatedAttention": "improved",
+    "BlockSparseAttention": "block_sparse",
+    "RingDilatedAttention": "ring",
+    "BlockSparseRingDilatedAttention": "block_sparse_ring",
+    "create_dilated_attention": "multihead",
+    "MultiheadDilatedAttention": "multihead",
+    "create_multihead_dilated_attention": "multihead",
+    "DilatedMHA": "interop",
+    "replace_attention": "interop",
+    # configs
+    "DilatedAttentionConfig": "config",
+    "MultiheadConfig": "config",
+    "SparseAttentionConfig": "config",
+    "RingAttentionConfig": "config",
+    "BlockSparseRingConfig": "config",
+    "LongNetConfig": "longnet",
+    "GigaPathConfig": "gigapath",
+    "TrainingConfig": "training",
+    "DistributedConfig": "config",
+    "MemoryPoolConfig": "config",
+    # models
+    "LongNet": "longnet",
+    "LongNetEncoder": "longnet",
+    "longnet_tiny": "longnet",
+    "longnet_125m": "longnet",
+    "token_losses": "longnet",
+    "GigaPathSlideEncoder": "gigapath",
+    "slide_segment_lengths": "gigapath",
+    "tile_cells": "gigapath",
+    "attention_rollout": "gigapath",
+    "register_with_transformers": "interop",
+    "check_dilated": "interop",
+    "save_pretrained": "pretrained",
+    "from_pretrained": "pretrained",
+    # decoding
+    "generate": "decoding",
+    "KVCache": "kv_cache",
+    "DilatedKVCache": "kv_cache",
+    "LongNetCache": "decoding",
+    "JoinedCache": "decoding",
+    # data and training
+    "to_bytes": "training",
+    "to_tokens": "training",
+    "read_corpus": "training",
+    "bits_per_byte": "training",
+    "train": "training",
+    "load_run": "training",
+    "train_elastic": "elastic",
+    # distributed
+    "shard_sequence": "sharding",
+    "gather_sequence": "sharding",
+    "share_in_ring": "sharded",
+    "LongNetShare": "sharded",
+    "DistributedLongNet": "distributed",
+    "Cluster": "scaling",
+    "UnifiedMemoryPool": "memory_pool",
+    # testing
+    "make_qkv": "testing",
+    "oracle_attention": "testing",
+    "check_against_oracle": "testing",
+    "AttentionCase": "testing",
+    "attention_cases": "testing",
+    "assert_causal": "testing",
+    "spawn_gloo": "testing",
 }
-_HOME = {name: module for module, names in _NAMES.items() for name in names}
-_COMPLETED: dict[str, tuple[str, ...]] = {"LongNet": ("decoding", "pretrained",), "LongNetEncoder": ("pretrained",), "GigaPathSlideEncoder": ("pretrained",)}  # classes that later modules give methods
 
 __all__ = [
     "__version__",
-    "ATTENTIONS",
-    "AttentionCase",
-    "BACKENDS",
-    "Backend",
-    "BlockPattern",
-    "BlockScorer",
-    "BlockSparseAttention",
-    "BlockSparseRingConfig",
-    "BlockSparseRingDilatedAttention",
-    "CONFIGS",
-    "Checkpoints",
-    "Cluster",
-    "Config",
-    "ConfiguredModule",
-    "Corpus",
-    "DATA_ENGINES",
-    "DEEPEST",
-    "DEFAULTS",
-    "DIMENSIONS",
-    "DISTRIBUTED_BACKENDS",
-    "DilatedAttention",
-    "DilatedAttentionConfig",
-    "DilatedKVCache",
-    "DilatedMHA",
-    "DistributedConfig",
-    "DistributedLongNet",
-    "EVICTION_POLICIES",
-    "FLOAT_DTYPES",
-    "FeedForward",
-    "GigaPathConfig",
-    "GigaPathSlideEncoder",
-    "Grid",
-    "INK",
-    "ImprovedDilatedAttention",
-    "JoinedCache",
-    "KERNELS",
-    "KINDS",
-    "KVCache",
-    "LARGEST",
-    "LARGEST_EXPONENT",
-    "LAYER_BACKENDS",
-    "LONGEST_NGRAM",
-    "LONGEST_WEIGHTS",
-    "LayerStack",
-    "Lines",
-    "LongNet",
-    "LongNetCache",
-    "LongNetConfig",
-    "LongNetEncoder",
-    "LongNetLayer",
-    "LongNetShare",
-    "MARKERS",
-    "MIXINGS",
-    "MODULE",
-    "MOST_BRANCHES",
-    "MeanLoss",
-    "MeanOverRanks",
-    "MemoryPoolConfig",
-    "MultiheadConfig",
-    "MultiheadDilatedAttention",
-    "NgramEmbedding",
-    "OFFSETS",
-    "ORIGIN",
-    "PALETTE",
-    "PAPER",
-    "PIPELINE_SCHEDULES",
-    "POSITIONS",
-    "Packing",
-    "PatternCache",
-    "PeakMemory",
-    "Piece",
-    "RAGGED",
-    "RING_LAYOUTS",
-    "RING_STRATEGIES",
-    "RingAttentionConfig",
-    "RingDilatedAttention",
-    "RingLayer",
-    "Rotation",
-    "SCHEMES",
-    "SEPARATOR",
-    "SKIPPED",
-    "SPARSE_PATTERNS",
-    "STAGES",
-    "STYLE",
-    "SavedTensors",
-    "SparseAttentionConfig",
-    "StoppedError",
-    "Team",
-    "TensorFile",
-    "Tile",
-    "Traffic",
-    "TrainingConfig",
-    "UnifiedMemoryPool",
-    "VOCAB",
-    "WIDEST",
-    "absent",
-    "assert_batch_independent",
-    "assert_causal",
-    "assert_within_budget",
-    "attend",
-    "attend_backward",
-    "attend_forward",
-    "attends",
-    "attention_cases",
-    "attention_counts",
-    "attention_pairs",
-    "attention_rollout",
-    "attention_weights",
-    "autocast",
-    "available_backends",
-    "binary_length",
-    "bits_per_byte",
-    "block_pattern",
-    "block_shares",
-    "block_sparse_attention",
-    "block_sparse_ring_worker",
-    "block_sparse_traffic",
-    "branch_heads",
-    "branch_mask",
-    "branches_by_head",
-    "branches_of_head",
-    "calibrated_seconds",
-    "caption",
-    "causal_mask",
-    "check_against_oracle",
-    "check_alike",
-    "check_block_size",
-    "check_branches",
-    "check_checkpoint",
-    "check_choice",
-    "check_config",
-    "check_device",
-    "check_dilated",
-    "check_drawing",
-    "check_dropout",
-    "check_dtype",
-    "check_file",
-    "check_fit",
-    "check_flag",
-    "check_floats",
-    "check_head_dim",
-    "check_heads",
-    "check_home",
-    "check_int",
-    "check_ints",
-    "check_kv_heads",
-    "check_length",
-    "check_memory",
-    "check_number",
-    "check_padding",
-    "check_part",
-    "check_placement",
-    "check_positive",
-    "check_qkv",
-    "check_ratio",
-    "check_room",
-    "check_scale",
-    "check_share",
-    "check_supported",
-    "check_tensor_shards",
-    "check_unfinished",
-    "check_unshifted",
-    "choose_device",
-    "clipped",
-    "complaint",
-    "compressed_bits_per_byte",
-    "context_lengths",
-    "create_dilated_attention",
-    "create_multihead_dilated_attention",
-    "cut_layer",
-    "demo",
-    "demo_failure",
-    "demo_fill",
-    "demo_ring",
+    # attention
     "dilated_attention",
-    "doomed_worker",
-    "draw_tokens",
-    "elastic_configs",
-    "elastic_main",
-    "embed_share",
-    "error_budget",
-    "fast_dtype",
-    "fill_exactly",
-    "fill_segments",
-    "finest_branch",
-    "finish",
-    "finite_padding",
-    "forward_seconds",
-    "from_pretrained",
-    "fused_backward",
-    "fused_forward",
-    "gather_sequence",
-    "generate",
-    "grid_pairs",
-    "group_backends",
-    "head_branches",
-    "head_groups",
-    "held_out",
-    "join_processes",
-    "joined_team",
-    "kept_logits",
-    "kept_numbers",
-    "kv_cache_bytes",
-    "kv_runs",
-    "launched_run",
-    "layer_bytes",
-    "learning_rate",
-    "load_checkpoint",
-    "load_run",
-    "longnet_125m",
-    "longnet_tiny",
-    "make_mesh",
-    "make_model",
-    "make_optimizers",
-    "make_plan",
-    "make_qkv",
-    "make_rotation",
-    "memory_limit",
-    "memory_pressure",
+    "Packing",
+    "attend",
     "merge",
-    "merge_",
-    "merge_lse_",
-    "mesh_sizes",
-    "mesh_table",
-    "mixed_seed",
-    "naive_mask",
-    "nearest",
-    "new_folder",
-    "noted_signals",
-    "open_tensors",
-    "oracle_attention",
-    "oracle_counts",
-    "origin",
-    "owned",
-    "parameter_counts",
-    "parse",
-    "parse_elastic",
-    "parse_json",
-    "pattern_codes",
-    "peak_memory",
-    "plain_attention",
-    "plan_of_steps",
-    "play_ring",
-    "plot_branches",
-    "plot_curves",
-    "plot_mask",
-    "plot_masks",
-    "plot_patterns",
-    "plot_reach",
-    "plot_schedule",
-    "plot_training",
-    "pooled",
-    "position_codes",
-    "put_ring",
-    "put_training_tensors",
-    "rank_memory",
-    "reached",
-    "read_bytes",
-    "read_config",
-    "read_corpus",
-    "read_json",
-    "read_lines",
-    "read_metrics",
-    "read_tensors",
-    "received_rows",
-    "register_with_transformers",
+    "available_backends",
+    "block_pattern",
+    "block_sparse_attention",
+    # modules
+    "DilatedAttention",
+    "ImprovedDilatedAttention",
+    "BlockSparseAttention",
+    "RingDilatedAttention",
+    "BlockSparseRingDilatedAttention",
+    "create_dilated_attention",
+    "MultiheadDilatedAttention",
+    "create_multihead_dilated_attention",
+    "DilatedMHA",
     "replace_attention",
-    "resolve_backend",
-    "resolve_kind",
-    "resume_run",
-    "ring_worker",
-    "rotate",
-    "row_classes",
-    "row_shifts",
-    "sample_tokens",
-    "save_checkpoint",
-    "save_figure",
-    "save_pretrained",
-    "saved_for_backward",
-    "scorer_loss",
-    "segments_of",
-    "sequence_worker",
-    "settled",
-    "shard_sequence",
-    "sharding_worker",
-    "share_in_ring",
-    "share_positions",
-    "share_worker",
-    "shown",
-    "simulate_ring",
-    "single_losses",
+    # configs
+    "DilatedAttentionConfig",
+    "MultiheadConfig",
+    "SparseAttentionConfig",
+    "RingAttentionConfig",
+    "BlockSparseRingConfig",
+    "LongNetConfig",
+    "GigaPathConfig",
+    "TrainingConfig",
+    "DistributedConfig",
+    "MemoryPoolConfig",
+    # models
+    "LongNet",
+    "LongNetEncoder",
+    "longnet_tiny",
+    "longnet_125m",
+    "token_losses",
+    "GigaPathSlideEncoder",
     "slide_segment_lengths",
-    "smoothed",
-    "spawn_gloo",
-    "stage_layers",
-    "stage_of",
-    "start_run",
-    "state_tensors",
-    "step_batch",
-    "step_flops",
-    "step_seconds",
-    "steps_worker",
-    "stored_config",
-    "sync_folder",
-    "table",
-    "text_files",
     "tile_cells",
-    "tiles",
+    "attention_rollout",
+    "register_with_transformers",
+    "check_dilated",
+    "save_pretrained",
+    "from_pretrained",
+    # decoding
+    "generate",
+    "KVCache",
+    "DilatedKVCache",
+    "LongNetCache",
+    "JoinedCache",
+    # data and training
     "to_bytes",
     "to_tokens",
-    "token_losses",
-    "traffic",
+    "read_corpus",
+    "bits_per_byte",
     "train",
+    "load_run",
     "train_elastic",
-    "train_step",
-    "training_batch",
-    "training_tensors",
-    "unreadable",
-    "valid_lengths",
-    "with_branches",
-    "without_padding",
-    "write_file",
-    "write_tensors",
-    "zigzag_parts",
+    # distributed
+    "shard_sequence",
+    "gather_sequence",
+    "share_in_ring",
+    "LongNetShare",
+    "DistributedLongNet",
+    "Cluster",
+    "UnifiedMemoryPool",
+    # testing
+    "make_qkv",
+    "oracle_attention",
+    "check_against_oracle",
+    "AttentionCase",
+    "attention_cases",
+    "assert_causal",
+    "spawn_gloo",
 ]
 
 
 if not TYPE_CHECKING:  # or every name would pass for one of ours
 
     def __getattr__(name: str) -> Any:
-        "Find a public name, or a module, on first use (PEP 562)."
-        if name in _NAMES:
-            return import_module(f"{__name__}.{name}")
-        if name not in _HOME:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-        globals()[name] = value
-        for module in _COMPLETED.get(name, ()):
-            import_module(f"{__name__}.{module}")
-        return value
+        "Find a public name, or a module, on first use (PEP 562). Raises `ImportError` for names of modules alone."
+        if name in _HOME:
+            globals()[name] = value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+            return value
+        if not name.startswith("_"):
+            if find_spec(f"{__name__}.{name}"):
+                return import_module(f"{__name__}.{name}")
+            for file in sorted(resources.files(__name__).iterdir(), key=lambda file: file.name):
+                lists = file.read_text("utf-8").partition("\n__all__ = [")[2] if file.name.endswith(".py") else ""
+                if file.name != "__init__.py" and repr(name) in lists.partition("]")[0]:
+                    home = f"{__name__}.{file.name[:-3]}"
+                    raise ImportError(f"{name} isn't at the package root: from {home} import {name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*_NAMES, *__all__})
+    return sorted(__all__)

@@ -292,9 +292,6 @@ def _next_logits(model: LongNet, tokens: Tensor, cache: LongNetCache | JoinedCac
     logits: Tensor = model._call_impl(tokens, cache=cache, last=1)  # type: ignore[no-untyped-call]
     return logits[:, -1]
 
-
-LongNet.generate = generate  # type: ignore[assignment, method-assign]
-
 # %% ../nbs/13_decoding.ipynb #ce27ac20
 def kv_cache_bytes(
     config: LongNetConfig,

@@ -9,7 +9,7 @@ __all__ = ['position_codes', 'tile_cells', 'slide_segment_lengths', 'GigaPathCon
 from dataclasses import dataclass, field
 from math import isqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -33,7 +33,7 @@ from dilated_attention_nb.config import (
     shown,
 )
 from .improved import Packing
-from .longnet import DEEPEST, LongNetConfig, LongNetEncoder, evaluating
+from .longnet import DEEPEST, LongNetConfig, LongNetEncoder, OnDisk, evaluating
 from .memory_pool import check_memory
 
 # %% ../nbs/13b_gigapath.ipynb #a5a615c1
@@ -226,7 +226,7 @@ def _check_slide(model: "GigaPathSlideEncoder", x: Any, coords: Any, key_padding
         raise ValueError(complaint("key_padding_mask", rule, f"none of slide {slide}", "True is padding; drop it"))
 
 # %% ../nbs/13b_gigapath.ipynb #c47a91e8
-class GigaPathSlideEncoder(ConfiguredModule):
+class GigaPathSlideEncoder(OnDisk, ConfiguredModule):
     """Tiles and their places to the embedding of a slide, on any device, without flash-attn.
 
     Arguments are the fields of `GigaPathConfig`. Prov-GigaPath, Xu et al. 2024, doi:10.1038/s41586-024-07441-w.
@@ -307,9 +307,15 @@ class GigaPathSlideEncoder(ConfiguredModule):
         return pooled
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, prefix: str | None = None, **values: Any) -> "GigaPathSlideEncoder":
-        "From a file or folder: `pretrained` puts its reader in this place."
-        raise NotImplementedError("from_pretrained comes with `import dilated_attention_nb.pretrained`")
+    def from_pretrained(cls, path: str | Path, prefix: str | None = None, **values: Any) -> Self:
+        """From a folder, or a file with names under a prefix: `pretrained.slide_encoder_from(cls, path, ...)`.
+
+        `values` are fields of `GigaPathConfig`. It says what is raised.
+        """
+        from dilated_attention_nb.pretrained import slide_encoder_from
+
+        model: Self = slide_encoder_from(cls, path, prefix, **values)
+        return model
 
 
 def _mean(tiles: Float[Tensor, "b n e"], mask: Bool[Tensor, "b n"] | None) -> Float[Tensor, "b e"]:

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['POSITIONS', 'DEEPEST', 'LARGEST_EXPONENT', 'LongNetConfig', 'longnet_125m', 'longnet_tiny', 'rotate', 'Rotation',
-           'make_rotation', 'FeedForward', 'LongNetLayer', 'LayerStack', 'token_losses', 'LongNet', 'LongNetEncoder',
-           'parameter_counts']
+           'make_rotation', 'FeedForward', 'LongNetLayer', 'LayerStack', 'token_losses', 'OnDisk', 'LongNet',
+           'LongNetEncoder', 'parameter_counts']
 
 # %% ../nbs/12_longnet.ipynb #9f16e6b4
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -713,7 +714,25 @@ def head_losses(
     return called_losses(x, logits, targets, vocab_size)
 
 # %% ../nbs/12_longnet.ipynb #911ead85
-class LongNet(ConfiguredModule):
+class OnDisk:
+    "Models that `pretrained` writes to a folder and reads."
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        "Write `config.json` and `model.safetensors`: `pretrained.save_pretrained(self, folder)`."
+        from dilated_attention_nb.pretrained import save_pretrained
+
+        save_pretrained(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        "What `save_pretrained` wrote, in eval mode: `pretrained.from_pretrained(folder, cls)`."
+        from dilated_attention_nb.pretrained import from_pretrained
+
+        model: Self = from_pretrained(folder, cls)
+        return model
+
+
+class LongNet(OnDisk, ConfiguredModule):
     """A causal language model with dilated attention: LongNet, Ding et al. 2023, arXiv:2307.02486.
 
     Raises `ValueError` for a config without `vocab_size`.
@@ -831,11 +850,13 @@ class LongNet(ConfiguredModule):
         return states
 
     def generate(self, *args: Any, **options: Any) -> Any:
-        "Continue a prompt, token by token: `decoding` puts its `generate` in this place."
-        raise NotImplementedError("generate comes with `import dilated_attention_nb.decoding`")
+        "Continue a prompt, token by token: `decoding.generate(self, ...)`, which says what can be given."
+        from dilated_attention_nb.decoding import generate
+
+        return generate(self, *args, **options)
 
 # %% ../nbs/12_longnet.ipynb #ada8acfa
-class LongNetEncoder(LayerStack):
+class LongNetEncoder(OnDisk, LayerStack):
     """A `LayerStack` over embeddings or, if the config has a `vocab_size`, tokens as well.
 
     Raises `ValueError` for xPos, which knows one direction only.
@@ -861,6 +882,14 @@ class LongNetEncoder(LayerStack):
             got = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(complaint("x", "be embeddings [batch, seq, embed_dim]", got, "vocab_size allows tokens"))
         return super()._entered(x, key_padding_mask, cache, cu_seqlens)
+
+    @classmethod
+    def from_torchscale(cls, *args: Any, **values: Any) -> Self:
+        "With torchscale's weights: `pretrained.encoder_from_torchscale(cls, ...)`, which says what can be given."
+        from dilated_attention_nb.pretrained import encoder_from_torchscale
+
+        model: Self = encoder_from_torchscale(cls, *args, **values)
+        return model
 
 # %% ../nbs/12_longnet.ipynb #de183bd7
 def parameter_counts(config: LongNetConfig) -> dict[str, int]:

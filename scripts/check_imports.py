@@ -107,9 +107,16 @@ def parse(text: str) -> ast.Module | None:
 
 
 def imports(tree: ast.Module) -> list[tuple[str, list[str]]]:
-    "Everything that a cell imports from this package, in functions too: module and names."
+    """Everything that a cell imports from this package, in functions too: module and names.
+
+    Not what methods import: what a class of models can do, as to write, may be built on it by a later notebook.
+    """
     found = []
+    methods = [f for c in ast.walk(tree) if isinstance(c, ast.ClassDef) for f in c.body]
+    inside = {id(node) for f in methods if isinstance(f, ast.FunctionDef) for node in ast.walk(f)}
     for node in ast.walk(tree):
+        if id(node) in inside:
+            continue
         if isinstance(node, ast.Import):
             found += [(a.name, []) for a in node.names if a.name.split(".")[0] == PACKAGE]
         elif isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == PACKAGE):

@@ -183,25 +183,6 @@ def test_code_in_documents_runs(name, number, code, monkeypatch, tmp_path):
     assert shown is None or said.getvalue() == shown[1]
 
 
-# Methods that a later module puts into a class, `LongNet.generate = generate` in `decoding`: the package root imports
-# that module with the class, the class's own module doesn't.
-
-
-@functools.cache
-def added_later() -> dict[tuple[str, str], str]:
-    "Class and method: the module that puts the one into the other."
-    found = {}
-    for module, tree in trees().items():
-        for target in (t for node in tree.body if isinstance(node, ast.Assign) for t in node.targets):
-            if (
-                isinstance(target, ast.Attribute)
-                and isinstance(target.value, ast.Name)
-                and target.value.id[0].isupper()
-            ):
-                found[target.value.id, target.attr] = module
-    return found
-
-
 def page_imports(path: Path) -> list[ast.ImportFrom]:
     "What a notebook's cells import from the package."
     cells = notebook(path)[1] if path.suffix == ".ipynb" else []
@@ -209,49 +190,8 @@ def page_imports(path: Path) -> list[ast.ImportFrom]:
     return [n for n in nodes if isinstance(n, ast.ImportFrom) and (n.module or "").startswith(PACKAGE.name)]
 
 
-def promised(path: Path) -> list[tuple[str, str, str]]:
-    "Class, method and module of every method added later that a page's text calls, of the classes that it imports."
-    classes = {alias.name for node in page_imports(path) for alias in node.names}
-    makes = set(re.findall(r"^#\| default_exp (\w+)", "\n".join(notebook(path)[1]), re.MULTILINE)) if classes else set()
-    later = [(*key, module) for key, module in added_later().items() if key[0] in classes and module not in makes]
-    return [one for one in later if f".{one[1]}(" in prose(path)]
-
-
 def in_a_new_process(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-
-
-def lacking(imports: str, methods: list[tuple[str, str, str]]) -> list[str]:
-    "Which of the methods aren't there, in a new process, after these imports alone."
-    done = in_a_new_process(
-        f"import importlib\n{imports}\nmethods = {methods!r}\n"
-        "before = [getattr(globals()[name], method, None) for name, method, _ in methods]\n"
-        "for (name, method, module), found in zip(methods, before):\n"
-        f"    importlib.import_module('{PACKAGE.name}.' + module)\n"
-        "    if found != getattr(globals()[name], method):\n"
-        "        print(f'{name}.{method}')\n"
-    )
-    assert not done.returncode, done.stderr
-    return done.stdout.split()
-
-
-PROMISED = {name: promised(path) for name, path in DOCUMENTS.items()}
-
-
-@pytest.mark.parametrize("name", [name for name, methods in PROMISED.items() if methods])
-def test_methods_that_a_page_shows_come_with_its_imports(name):
-    imports = "\n".join(ast.unparse(node) for node in page_imports(DOCUMENTS[name]))
-    assert not lacking(imports, PROMISED[name]), f"{name}: import these classes from {PACKAGE.name} itself"
-
-
-def test_the_check_of_methods_finds_what_is_missing():
-    "The class's own module has a method that raises, or none."
-    assert "nbs/examples/gigapath.ipynb" in [name for name, methods in PROMISED.items() if methods]
-    methods = [("GigaPathSlideEncoder", name, "pretrained") for name in ("from_pretrained", "save_pretrained")]
-    assert lacking("from dilated_attention_nb.gigapath import GigaPathSlideEncoder", methods) == [
-        "GigaPathSlideEncoder.from_pretrained",
-        "GigaPathSlideEncoder.save_pretrained",
-    ]
 
 
 def test_the_recipe_for_gigapaths_file_asks_for_that_file():
@@ -463,10 +403,11 @@ def resolves(chain: list[str]) -> bool:
     elif first in MODULES:
         home = importlib.import_module(f"dilated_attention_nb.{first}")
     else:
-        root = importlib.import_module("dilated_attention_nb")
-        if not hasattr(root, first):
+        homes = [importlib.import_module(f"dilated_attention_nb.{module}") for module in MODULES]
+        homes = [home for home in homes if first in home.__all__]
+        if not homes:
             return True  # of something else: its parts are looked up one by one
-        home = getattr(root, first)
+        home = getattr(homes[0], first)
     for part in rest:
         if inspect.ismodule(home) and not hasattr(home, part):
             with contextlib.suppress(ImportError):  # a submodule that nobody has imported yet

@@ -655,17 +655,9 @@ def test_checkpoints_come_back(tmp_path, dtype):
 
 def test_interop_offers_what_lower_rooms_hold():
     names = ("GigaPathSlideEncoder", "GigaPathConfig", "from_pretrained", "save_pretrained", "LongNetEncoder")
+    homes = [vars(getattr(dilated_attention_nb, module)) for module in ("gigapath", "pretrained", "longnet")]
     for name in (*names, "tile_cells", "position_codes"):
-        assert getattr(dilated_attention_nb.interop, name) is getattr(dilated_attention_nb, name)
-
-
-def test_methods_are_there_wherever_the_class_comes_from():
-    code = "from dilated_attention_nb import GigaPathSlideEncoder as G; print(G.from_pretrained.__func__.__module__)"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.strip() == "dilated_attention_nb.pretrained"
-    for cls in (dilated_attention_nb.LongNet, dilated_attention_nb.LongNetEncoder):
-        assert cls.save_pretrained is save_pretrained and callable(cls.from_pretrained)
-    assert callable(dilated_attention_nb.LongNetEncoder.from_torchscale)
+        assert any(getattr(dilated_attention_nb.interop, name) is home.get(name) for home in homes)
 
 
 def saved(folder):
