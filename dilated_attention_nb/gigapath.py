@@ -9,7 +9,7 @@ __all__ = ['position_codes', 'tile_cells', 'slide_segment_lengths', 'GigaPathCon
 from dataclasses import dataclass, field
 from math import isqrt
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,7 +19,6 @@ from dilated_attention_nb.config import (
     FLOAT_DTYPES,
     WIDEST,
     Config,
-    ConfiguredModule,
     check_choice,
     check_dropout,
     check_flag,
@@ -226,7 +225,7 @@ def _check_slide(model: "GigaPathSlideEncoder", x: Any, coords: Any, key_padding
         raise ValueError(complaint("key_padding_mask", rule, f"none of slide {slide}", "True is padding; drop it"))
 
 # %% ../nbs/13b_gigapath.ipynb #c47a91e8
-class GigaPathSlideEncoder(OnDisk, ConfiguredModule):
+class GigaPathSlideEncoder(OnDisk):
     """Tiles and their places to the embedding of a slide, on any device, without flash-attn.
 
     Arguments are the fields of `GigaPathConfig`. Prov-GigaPath, Xu et al. 2024, doi:10.1038/s41586-024-07441-w.
@@ -307,15 +306,16 @@ class GigaPathSlideEncoder(OnDisk, ConfiguredModule):
         return pooled
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, prefix: str | None = None, **values: Any) -> Self:
+    def from_pretrained(  # type: ignore[override]
+        cls, path: str | Path, prefix: str | None = None, **values: Any
+    ) -> "GigaPathSlideEncoder":
         """From a folder, or a file with names under a prefix: `pretrained.slide_encoder_from(cls, path, ...)`.
 
         `values` are fields of `GigaPathConfig`. It says what is raised.
         """
         from dilated_attention_nb.pretrained import slide_encoder_from
 
-        model: Self = slide_encoder_from(cls, path, prefix, **values)
-        return model
+        return slide_encoder_from(cls, path, prefix, **values)
 
 
 def _mean(tiles: Float[Tensor, "b n e"], mask: Bool[Tensor, "b n"] | None) -> Float[Tensor, "b e"]:

@@ -714,7 +714,7 @@ def head_losses(
     return called_losses(x, logits, targets, vocab_size)
 
 # %% ../nbs/12_longnet.ipynb #911ead85
-class OnDisk:
+class OnDisk(ConfiguredModule):
     "Models that `pretrained` writes to a folder and reads."
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -732,7 +732,7 @@ class OnDisk:
         return model
 
 
-class LongNet(OnDisk, ConfiguredModule):
+class LongNet(OnDisk):
     """A causal language model with dilated attention: LongNet, Ding et al. 2023, arXiv:2307.02486.
 
     Raises `ValueError` for a config without `vocab_size`.
@@ -884,12 +884,11 @@ class LongNetEncoder(OnDisk, LayerStack):
         return super()._entered(x, key_padding_mask, cache, cu_seqlens)
 
     @classmethod
-    def from_torchscale(cls, *args: Any, **values: Any) -> Self:
+    def from_torchscale(cls, *args: Any, **values: Any) -> "LongNetEncoder":
         "With torchscale's weights: `pretrained.encoder_from_torchscale(cls, ...)`, which says what can be given."
         from dilated_attention_nb.pretrained import encoder_from_torchscale
 
-        model: Self = encoder_from_torchscale(cls, *args, **values)
-        return model
+        return encoder_from_torchscale(cls, *args, **values)
 
 # %% ../nbs/12_longnet.ipynb #de183bd7
 def parameter_counts(config: LongNetConfig) -> dict[str, int]:
