@@ -209,7 +209,7 @@ def generation() -> dict[str, Any]:
     import block_sparse as this  # this file, under a name that another process can import
 
     from dilated_attention_nb.config import SPARSE_PATTERNS
-    from dilated_attention_nb.testing import peak_memory
+    from dilated_attention_nb.processes import peak_memory
 
     rows: list[dict[str, Any]] = []
     for name in (p for p in SPARSE_PATTERNS if p != "adaptive"):
@@ -244,7 +244,7 @@ def memory() -> dict[str, Any]:
     "Peak memory of a training step, 16 blocks a row, as the length grows; bytes per token and number of q."
     import block_sparse as this
 
-    from dilated_attention_nb.testing import peak_memory
+    from dilated_attention_nb.processes import peak_memory
 
     rows = []
     for n in (16_384, 32_768, 65_536):

@@ -125,7 +125,7 @@ def peaks(lengths: tuple[int, ...], both: bool) -> dict[str, Any]:
 
     So code that PyTorch loads in a first call isn't counted: some 150 MiB for an operator, 250 for what is compiled.
     """
-    from dilated_attention_nb.testing import peak_memory
+    from dilated_attention_nb.processes import peak_memory
 
     def peak(name: str, n: int) -> int:
         return peak_memory(one_call, name, n, H, D, torch.bfloat16, both, timeout_s=1200).extra

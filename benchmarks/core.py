@@ -209,7 +209,7 @@ def million() -> dict[str, Any]:
     """
     import core  # this file, under a name that another process can import
 
-    from dilated_attention_nb.testing import peak_memory
+    from dilated_attention_nb.processes import peak_memory
 
     rows: list[dict[str, Any]] = []
     for backward in (False, True):

@@ -116,7 +116,7 @@ def memory() -> dict[str, Any]:
     "Peak of a process that decodes."
     from decoding import decode_many as importable
 
-    from dilated_attention_nb.testing import peak_memory
+    from dilated_attention_nb.processes import peak_memory
 
     rows = []
     for count in (20_000, 100_000):

@@ -175,7 +175,7 @@ def counted(rank: int, world: int, shape: dict[str, Any], n: int) -> tuple[int, 
 
 def held(rank: int, world: int, shape: dict[str, Any], n: int) -> tuple[int, int]:
     "Bytes that a step adds at its worst moment to what the process holds, and bytes of parameters."
-    from dilated_attention_nb.testing import _resident
+    from dilated_attention_nb.processes import resident
 
     warm, part = stepper(world, shape, 64 * world)
     warm()  # connections, threads and gradients
@@ -183,19 +183,19 @@ def held(rank: int, world: int, shape: dict[str, Any], n: int) -> tuple[int, int
         p.grad = None
     torch.manual_seed(0)
     x = torch.randint(0, 257, (1, n + 1))
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     if world == 1:
         part(x[:, :-1], x[:, 1:]).backward()
     else:
         part.loss_and_gradients(x[:, :-1], x[:, 1:])
-    return _resident("VmHWM") - before, sum(p.nbytes for p in part.parameters())
+    return resident("VmHWM") - before, sum(p.nbytes for p in part.parameters())
 
 
 def spawn(name: str, world: int, shape: dict[str, Any], n: int) -> list[Any]:
     "What each of `world` processes returns."
     import distributed  # this file, under a name that another process can import
 
-    from dilated_attention_nb.testing import spawn_gloo
+    from dilated_attention_nb.processes import spawn_gloo
 
     return spawn_gloo(getattr(distributed, name), world, shape, n, timeout_s=1200.0)
 

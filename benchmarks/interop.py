@@ -122,7 +122,7 @@ def in_a_process(*args: Any) -> tuple[int, float]:
     "Peak resident bytes and CPU seconds of a process that runs `build_and_run`; one thread: the time of an idle core."
     from interop import build_and_run as importable
 
-    from dilated_attention_nb.testing import peak_memory
+    from dilated_attention_nb.processes import peak_memory
 
     def spent() -> float:
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -46,7 +46,7 @@ def make(kind: str, options: dict[str, Any]) -> Any:
 
 def held(rank: int, world: int, kind: str, options: dict[str, Any], n: int, dtype: torch.dtype) -> int:
     "Bytes at the worst moment of a forward and backward pass, beyond what the process held before its inputs."
-    from dilated_attention_nb.testing import _resident
+    from dilated_attention_nb.processes import resident
 
     attend = make(kind, options)
 
@@ -55,16 +55,16 @@ def held(rank: int, world: int, kind: str, options: dict[str, Any], n: int, dtyp
         attend(q, k, v, is_causal=True).backward(torch.randn(1, m, 8, 64, dtype=dtype))
 
     step(128)  # connections and threads
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     step(n // world)
-    return _resident("VmHWM") - before
+    return resident("VmHWM") - before
 
 
 def peak(ranks: int, kind: str, options: dict[str, Any], n: int, dtype: torch.dtype = torch.float32) -> float:
     "MiB that the fullest of some ranks holds, each with its share of n tokens."
     import ring  # this file, under a name that another process can import
 
-    from dilated_attention_nb.testing import spawn_gloo
+    from dilated_attention_nb.processes import spawn_gloo
 
     return max(spawn_gloo(ring.held, ranks, kind, options, n, dtype, timeout_s=1800.0)) / 2**20
 
@@ -92,7 +92,7 @@ def events(kind: str, options: dict[str, Any], n: int) -> list[str]:
     "What all ranks did, a line for each event."
     import ring
 
-    from dilated_attention_nb.testing import spawn_gloo
+    from dilated_attention_nb.processes import spawn_gloo
 
     found = spawn_gloo(ring.traced, RANKS, kind, options, n, timeout_s=1800.0)
     return [line for lines in found for line in lines]
@@ -119,7 +119,7 @@ def strategy() -> dict[str, Any]:
     "From neighbour to neighbour against all at once."
     import ring
 
-    from dilated_attention_nb.testing import spawn_gloo
+    from dilated_attention_nb.processes import spawn_gloo
 
     n, how = 8192, {"mixing": "softmax", "offsets": "interleaved", "layout": "zigzag"}
 

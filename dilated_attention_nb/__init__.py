@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from dilated_attention_nb import partial as partial
     from dilated_attention_nb import plotting as plotting
     from dilated_attention_nb import pretrained as pretrained
+    from dilated_attention_nb import processes as processes
     from dilated_attention_nb import ring as ring
     from dilated_attention_nb import ring_layer as ring_layer
     from dilated_attention_nb import ring_moves as ring_moves
@@ -113,7 +114,7 @@ if TYPE_CHECKING:
     from dilated_attention_nb.testing import AttentionCase as AttentionCase
     from dilated_attention_nb.testing import attention_cases as attention_cases
     from dilated_attention_nb.testing import assert_causal as assert_causal
-    from dilated_attention_nb.testing import spawn_gloo as spawn_gloo
+    from dilated_attention_nb.processes import spawn_gloo as spawn_gloo
 
 _HOME = {
     # attention
@@ -189,7 +190,7 @@ _HOME = {
     "AttentionCase": "testing",
     "attention_cases": "testing",
     "assert_causal": "testing",
-    "spawn_gloo": "testing",
+    "spawn_gloo": "processes",
 }
 
 __all__ = [

@@ -26,15 +26,10 @@ from dilated_attention_nb.config import (
     SparseAttentionConfig,
 )
 from dilated_attention_nb.multihead import create_dilated_attention, create_multihead_dilated_attention
+from dilated_attention_nb.processes import spawn_gloo
 from dilated_attention_nb.ring import RingDilatedAttention
 from dilated_attention_nb.sharding import gather_sequence, shard_sequence
-from dilated_attention_nb.testing import (
-    assert_batch_independent,
-    assert_causal,
-    make_qkv,
-    saved_for_backward,
-    spawn_gloo,
-)
+from dilated_attention_nb.testing import assert_batch_independent, assert_causal, make_qkv, saved_for_backward
 
 FIXED = tuple(kind for kind in SPARSE_PATTERNS if kind != "adaptive")
 

@@ -23,7 +23,8 @@ from dilated_attention_nb.decoding import (
 from dilated_attention_nb.improved import dilated_attention
 from dilated_attention_nb.kv_cache import DilatedKVCache, KVCache
 from dilated_attention_nb.longnet import POSITIONS, LongNet, LongNetEncoder, longnet_125m, longnet_tiny
-from dilated_attention_nb.testing import _resident, check_against_oracle, make_qkv, oracle_counts, spawn_gloo
+from dilated_attention_nb.processes import resident, spawn_gloo
+from dilated_attention_nb.testing import check_against_oracle, make_qkv, oracle_counts
 from dilated_attention_nb.training import SEPARATOR, NgramEmbedding
 
 
@@ -673,7 +674,7 @@ def resident_after(rank, world, piece):
         steps = model.generate(torch.zeros(4, dtype=torch.long), 100_000, stream=True)
     else:
         steps = (model(read, cache=cache) for _ in range(100_000 // piece))
-    return [(_resident("VmRSS"), _resident("VmHWM")) for n, _ in enumerate(steps, 1) if n * piece in (10_000, 100_000)]
+    return [(resident("VmRSS"), resident("VmHWM")) for n, _ in enumerate(steps, 1) if n * piece in (10_000, 100_000)]
 
 
 def stays(piece, timeout_s):

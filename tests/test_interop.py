@@ -31,7 +31,8 @@ from dilated_attention_nb.interop import (
     tile_cells,
 )
 from dilated_attention_nb.longnet import LongNet, LongNetEncoder, longnet_tiny
-from dilated_attention_nb.testing import oracle_attention, peak_memory
+from dilated_attention_nb.processes import peak_memory
+from dilated_attention_nb.testing import oracle_attention
 from dilated_attention_nb.training import SEPARATOR, NgramEmbedding
 
 FILE = np.load(Path(__file__).parent / "golden" / "gigapath_slide_encoder.npz")

@@ -20,10 +20,11 @@ from dilated_attention_nb.distributed import DistributedLongNet, WideNorm
 from dilated_attention_nb.improved import dilated_attention
 from dilated_attention_nb.longnet import LongNet, longnet_tiny
 from dilated_attention_nb.multihead import create_multihead_dilated_attention
+from dilated_attention_nb.processes import spawn_gloo
 from dilated_attention_nb.ring import RingDilatedAttention, simulate_ring
 from dilated_attention_nb.sharded import LongNetShare, MeanLoss
 from dilated_attention_nb.sharding import gather_sequence, shard_sequence
-from dilated_attention_nb.testing import make_qkv, spawn_gloo
+from dilated_attention_nb.testing import make_qkv
 
 # ---------------------------------------------------------------- ranks that differ
 

@@ -23,21 +23,19 @@ from dilated_attention_nb.block_sparse_ring import BlockSparseRingDilatedAttenti
 from dilated_attention_nb.config import RING_LAYOUTS, RING_STRATEGIES, BlockSparseRingConfig, RingAttentionConfig
 from dilated_attention_nb.improved import dilated_attention
 from dilated_attention_nb.memory_pool import UnifiedMemoryPool
+from dilated_attention_nb.processes import peak_memory, resident, spawn_gloo
 from dilated_attention_nb.ring import RingDilatedAttention, ring_worker, simulate_ring, traffic
 from dilated_attention_nb.ring_moves import Call, Traffic
 from dilated_attention_nb.ring_plan import make_task
 from dilated_attention_nb.sharding import gather_sequence, shard_sequence
 from dilated_attention_nb.testing import (
     AttentionCase,
-    _resident,
     assert_batch_independent,
     assert_causal,
     attention_cases,
     check_against_oracle,
     make_qkv,
-    peak_memory,
     saved_for_backward,
-    spawn_gloo,
 )
 
 W, R = (8, 24, 48), (1, 2, 3)  # for 48 tokens: local on up to six ranks, shared by some, shared by all
@@ -495,10 +493,10 @@ def steps(rank: int, world: int) -> dict:
     for _ in range(20):
         step()
     tensors()  # a list of all objects there are: what it takes must not count as growth
-    before = tensors(), _resident("VmRSS")
+    before = tensors(), resident("VmRSS")
     for _ in range(200):
         step()
-    after = tensors(), _resident("VmRSS")
+    after = tensors(), resident("VmRSS")
     return {
         "same": same, "lent": lent + len(pool.lent), "fresh": pool.made - made, "chained": chained,
         "grown": after[1] - before[1], "tensors": after[0] - before[0], "memory": layer.memory_info(),
