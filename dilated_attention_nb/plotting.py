@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .config import DilatedAttentionConfig, check_heads, check_int, complaint
 from .files import write_file
+from .testing import attends, branches_of_head
 
 # %% ../nbs/02_plotting.ipynb #f91419f1
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")  # Okabe, Ito 2008
@@ -89,12 +90,7 @@ def _new_axes(ax: Axes | None, width: float, height: float) -> Axes:
 # %% ../nbs/02_plotting.ipynb #5963ccbf
 def naive_mask(n: int, w: int, r: int, offset: int = 0, is_causal: bool = False) -> np.ndarray:
     "Which keys each query of one branch attends to, bool `[n, n]`, from the definition; for pictures, not for speed."
-    mask = np.zeros((n, n), dtype=bool)
-    for i in range(n):
-        for j in range(i + 1 if is_causal else n):
-            same_segment = i // w == j // w
-            mask[i, j] = same_segment and i % w % r == offset and j % w % r == offset
-    return mask
+    return np.array([[attends(i, j, w, r, offset, is_causal) for j in range(n)] for i in range(n)]).reshape(n, n)
 
 # %% ../nbs/02_plotting.ipynb #dfa93cdc
 def _to_array(values: Any) -> np.ndarray:
@@ -173,18 +169,13 @@ def plot_masks(masks: Any, titles: Sequence[str] = (), colors: Sequence[str] = P
 
 # %% ../nbs/02_plotting.ipynb #8e260afc
 def head_branches(config: DilatedAttentionConfig, num_heads: int) -> list[list[tuple[int, int]]]:
-    """For each head its pairs (branch, offset), dealt out one head at a time; both count from 0.
+    """For each head its pairs (branch, offset), as `branches_of_head` says; both count from 0.
 
     Raises `ValueError` if groups mixing has fewer heads than branches.
     """
-    rates, count = config.dilation_rates, config.num_branches
-    check_heads(check_int("num_heads", num_heads), count, config.mixing)
-    if config.mixing == "groups":
-        sizes = [num_heads // count + (g < num_heads % count) for g in range(count)]
-        return [[(g, g % rates[g])] for g in range(count) for _ in range(sizes[g])]
-    if config.offsets == "interleaved":
-        return [[(g, h % r) for g, r in enumerate(rates)] for h in range(num_heads)]
-    return [[(g, h // -(-num_heads // r)) for g, r in enumerate(rates)] for h in range(num_heads)]
+    check_heads(check_int("num_heads", num_heads), config.num_branches, config.mixing)
+    how = num_heads, config.dilation_rates, config.mixing, config.offsets
+    return [branches_of_head(head, *how) for head in range(num_heads)]
 
 
 @_styled

@@ -26,7 +26,7 @@ ONLY = {
     "config": set(),
     "files": {"config"},
     "testing": {"config"},
-    "plotting": {"config", "files"},
+    "plotting": {"config", "files", "testing"},  # testing: who attends to whom
     "memory_pool": {"config"},
     "masking": {"config"},
     "partial": {"config", "masking"},
