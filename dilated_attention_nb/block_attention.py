@@ -314,6 +314,11 @@ def _fold(
     return [x if x is None else x.expand(size, batch, *x.shape[2:]).flatten(0, 1) for x in wide] + rest
 
 
+def _no_forward_mode(*_: Any) -> Any:
+    how = "dense attention with a mask"
+    raise NotImplementedError(f"block_sparse_attention has no forward-mode derivative; use {how}")
+
+
 class _Forward(torch.autograd.Function):
     "The forward operator."
 
@@ -339,6 +344,8 @@ class _Forward(torch.autograd.Function):
         run: Any = sparse_backward_op if torch.compiler.is_compiling() else _Backward.apply
         return *run(dout, q, k, v, out, lse, mask, *lists, *ctx.options), *nothing
 
+    jvp = staticmethod(_no_forward_mode)  # type: ignore[assignment]
+
     @staticmethod
     def vmap(info: Any, dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
         folded = _fold(info.batch_size, dims[:6], inputs[:4], inputs[4:6])
@@ -362,6 +369,8 @@ class _Backward(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         how = "scaled_dot_product_attention with pattern.token_mask() under sdpa_kernel(SDPBackend.MATH) has one"
         raise NotImplementedError(f"block_sparse_attention has no second derivative; {how}")
+
+    jvp = staticmethod(_no_forward_mode)  # type: ignore[assignment]
 
     @staticmethod
     def vmap(info: Any, dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
@@ -480,9 +489,7 @@ def block_sparse_attention(
     _check_pattern(pattern, q, k)
     factor = q.shape[-1] ** -0.5 if (scale := check_scale(scale)) is None else scale
     if not torch.compiler.is_compiling() and any(unpack_dual(x).tangent is not None for x in (q, k, v)):
-        raise NotImplementedError(
-            "block_sparse_attention has no forward-mode derivative; use dense attention with a mask"
-        )
+        _no_forward_mode()
     if backend == "flex":
         return _flex(q, k, v, pattern, is_causal, factor, key_padding_mask)
     lists = _alike(q, pattern.kv_num_blocks, pattern.kv_indices)

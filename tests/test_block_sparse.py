@@ -570,6 +570,10 @@ def test_forward_mode_is_refused():
     q, k, v = make_qkv(1, 32, 2, 8)
     with pytest.raises(NotImplementedError, match="forward-mode"):
         torch.func.jvp(lambda q: block_sparse_attention(q, k, v, make_pattern("strided", 32)), (q,), (q,))
+    module = BlockSparseAttention(SparseAttentionConfig((32,), (1,), block_size=16))
+    for derive in (lambda f: torch.func.jvp(f, (q,), (q,)), lambda f: torch.func.hessian(f)(q)):
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            derive(lambda q: module(q, k, v).sum())
 
 
 def test_autocast():
