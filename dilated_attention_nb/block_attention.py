@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.forward_ad import unpack_dual
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from .block_patterns import BlockPattern
@@ -31,6 +30,7 @@ from dilated_attention_nb.partial import (
     count_operations,
     finite_gradients,
     finite_padding,
+    in_forward_mode,
     merge_lse_,
     product_operations,
     resolve_backend,
@@ -314,11 +314,6 @@ def _fold(
     return [x if x is None else x.expand(size, batch, *x.shape[2:]).flatten(0, 1) for x in wide] + rest
 
 
-def _no_forward_mode(*_: Any) -> Any:
-    how = "dense attention with a mask"
-    raise NotImplementedError(f"block_sparse_attention has no forward-mode derivative; use {how}")
-
-
 class _Forward(torch.autograd.Function):
     "The forward operator."
 
@@ -344,8 +339,6 @@ class _Forward(torch.autograd.Function):
         run: Any = sparse_backward_op if torch.compiler.is_compiling() else _Backward.apply
         return *run(dout, q, k, v, out, lse, mask, *lists, *ctx.options), *nothing
 
-    jvp = staticmethod(_no_forward_mode)  # type: ignore[assignment]
-
     @staticmethod
     def vmap(info: Any, dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
         folded = _fold(info.batch_size, dims[:6], inputs[:4], inputs[4:6])
@@ -370,8 +363,6 @@ class _Backward(torch.autograd.Function):
         how = "scaled_dot_product_attention with pattern.token_mask() under sdpa_kernel(SDPBackend.MATH) has one"
         raise NotImplementedError(f"block_sparse_attention has no second derivative; {how}")
 
-    jvp = staticmethod(_no_forward_mode)  # type: ignore[assignment]
-
     @staticmethod
     def vmap(info: Any, dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
         folded = _fold(info.batch_size, dims[:9], inputs[:7], inputs[7:9])
@@ -383,8 +374,15 @@ sparse_forward_op.register_autograd(_Forward.backward, setup_context=_Forward.se
 sparse_backward_op.register_autograd(_Backward.backward)
 
 
+def _refuse_forward_mode(*tensors: Tensor) -> None:
+    if in_forward_mode(*tensors):
+        how = "use dense attention with a mask"
+        raise NotImplementedError(f"block_sparse_attention has no forward-mode derivative; {how}")
+
+
 def attend_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *how: Any) -> Tensor:
     "The output; what is compiled or exported holds the operator and its rules, not the Function."
+    _refuse_forward_mode(q, k, v)
     run: Any = sparse_forward_op if torch.compiler.is_compiling() else _Forward.apply
     return finite_gradients(run(finite_padding(q, mask), k, v, mask, *how)[0], mask)
 
@@ -423,6 +421,7 @@ def _compiled_flex() -> Callable[..., Any]:
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, is_causal: bool, scale: float, mask: Any) -> Tensor:
     "Compiled FlexAttention; `ValueError` where it can't do what is asked for."
+    _refuse_forward_mode(q, k, v)
     refusal = None
     if mask is not None:
         refusal = "it takes no key_padding_mask here"
@@ -488,8 +487,6 @@ def block_sparse_attention(
     check_qkv(q, k, v, key_padding_mask)
     _check_pattern(pattern, q, k)
     factor = q.shape[-1] ** -0.5 if (scale := check_scale(scale)) is None else scale
-    if not torch.compiler.is_compiling() and any(unpack_dual(x).tangent is not None for x in (q, k, v)):
-        _no_forward_mode()
     if backend == "flex":
         return _flex(q, k, v, pattern, is_causal, factor, key_padding_mask)
     lists = _alike(q, pattern.kv_num_blocks, pattern.kv_indices)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 from torch.nn.functional import dropout, pad
 
 from dilated_attention_nb.config import (
@@ -52,6 +51,7 @@ from dilated_attention_nb.partial import (
     count_operations,
     finite_padding,
     folded,
+    in_forward_mode,
     merge_,
     merge_lse_,
     product_operations,
@@ -967,7 +967,7 @@ def dilated_attention(
     else:
         documents = check_documents(cu_seqlens, cu_seqlens_q, q, k)
     factor = q.shape[-1] ** -0.5 if (scale := check_scale(scale)) is None else scale
-    if not torch.compiler.is_compiling() and any(unpack_dual(x).tangent is not None for x in (q, k, v)):
+    if in_forward_mode(q, k, v):
         raise NotImplementedError(
             "dilated_attention has no forward-mode derivative; use DilatedAttention(config, 'math')"
         )

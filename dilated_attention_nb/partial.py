@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+from torch.autograd.forward_ad import unpack_dual
 from torch.nn.functional import pad
 
 from dilated_attention_nb.config import (
@@ -591,6 +593,24 @@ def finite_gradients(x: Tensor, mask: Tensor | None) -> Tensor:
     same = _FiniteGradients if torch.compiler.is_compiling() else _FiniteGradientsForward
     return same.apply(x, mask)  # type: ignore[no-untyped-call, no-any-return]
 
+
+def in_forward_mode(*tensors: Tensor) -> bool:
+    "Whether forward-mode derivatives of these are wanted, which fused kernels don't have. Not of traced forwards."
+    return not torch.compiler.is_compiling() and any(map(_has_tangent, tensors))
+
+
+def _has_tangent(x: Tensor) -> bool:
+    "At any level of `torch.func`, as in its hessian: forward mode over reverse mode."
+    level = torch._C._functorch.peek_interpreter_stack()
+    if level is None:
+        return unpack_dual(x).tangent is not None
+    inside = torch._C._functorch.maybe_get_level(x) == level.level()
+    forward = inside and level.key() == torch._C._functorch.TransformType.Jvp
+    if forward and unpack_dual(x).tangent is not None:
+        return True
+    with temporarily_pop_interpreter_stack():
+        return _has_tangent(torch._C._functorch.get_unwrapped(x) if inside else x)
+
 # %% ../nbs/05_partial.ipynb #5d0c9a91
 class _Attend(torch.autograd.Function):
     "A fused kernel, differentiable in out and lse, once."
@@ -676,6 +696,8 @@ def attend(
     if name == "math":
         out, lse = attend_forward(q, k, v, is_causal, key_padding_mask, factor, name)
     else:
+        if in_forward_mode(q, k, v):
+            raise NotImplementedError("attend has no forward-mode derivative with this backend; pass backend='math'")
         out, lse = _Attend.apply(q, k, v, key_padding_mask, is_causal, factor, name)  # type: ignore[no-untyped-call]
     return finite_gradients(out, own), finite_gradients(lse, own)
 

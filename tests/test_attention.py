@@ -18,6 +18,7 @@ from conftest import drawn, planned, product
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import forward_ad as fwAD
 
 from dilated_attention_nb import improved, masking, partial
 from dilated_attention_nb.config import DilatedAttentionConfig
@@ -573,12 +574,31 @@ def test_caches_are_bounded():
 
 def test_no_silent_forward_mode_derivative():
     q, k, v = make_qkv(1, 16, 2, 8, dtype=torch.float64)
+    config = DilatedAttentionConfig((8,), (1,))
 
     def run(f):
         return torch.func.jvp(f, (q,), (torch.ones_like(q),))
 
-    with pytest.raises(NotImplementedError, match="forward-mode"):
-        run(lambda q: dilated_attention(q, k, v, (8,), (1,)))
+    def attends(name, q):
+        if name == "dilated_attention":
+            return dilated_attention(q, k, v, (8,), (1,)).sum()
+        return DilatedAttention(config)(q, k, v).sum() if name == "DilatedAttention" else attend(q, k, v)[0].sum()
+
+    def through_vmap(f):
+        return torch.func.jvp(torch.func.vmap(f), (q[None],), (q[None],))
+
+    for name in ("dilated_attention", "DilatedAttention", "attend"):
+
+        def f(q, name=name):
+            return attends(name, q)
+
+        for derive in (run, lambda f: torch.func.hessian(f)(q), through_vmap):
+            with pytest.raises(NotImplementedError, match="forward-mode"):
+                derive(f)
+        with fwAD.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+            f(fwAD.make_dual(q, q))
+        run(lambda q, f=f: f(k) * q)  # nobody asks for derivatives of what is constant
+        torch.func.vmap(torch.func.grad(f))(q[None])
     module = DilatedAttention(DilatedAttentionConfig((8,), (1,)), "math")
     assert run(lambda q: module(q, k, v))[1].abs().max() > 0
 
