@@ -5,7 +5,8 @@
                                              kernels, each with one thread and with three
     python scripts/run_tests.py --slow       the tests that take minutes as well, and what --portable runs
 
-The last line counts parts: "parts: 8 passed, 0 failed".
+Parts that use one core run beside each other; what each printed is shown when it ends. Notebooks and tests take all
+cores, one after the other. The last line counts parts: "parts: 8 passed, 0 failed".
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 TESTS = "-m", "pytest", "-n", "auto", "-m", "not slow"
+ALL_CORES = {"notebooks", "tests", "all tests"}
 CAPABILITIES, THREADS = ("default", "avx2"), (1, 3)  # of ATEN_CPU_CAPABILITY and OMP_NUM_THREADS
 
 
@@ -53,20 +56,30 @@ def slow() -> dict[str, tuple[list[str], dict[str, str]]]:
     return {"all tests": ([sys.executable, "-m", "pytest", "-n", "auto"], {}), **portable()}
 
 
-def run(commands: dict[str, tuple[list[str], dict[str, str]]]) -> list[str]:
-    "Run all of them, one after another; the names of those that failed."
-    failed = []
-    for name, (command, variables) in commands.items():
-        start = time.monotonic()
+def run_part(name: str, command: list[str], variables: dict[str, str], beside: bool) -> bool:
+    "Whether a part passed. What it prints is shown as it comes, or all at once if others run beside it."
+    start = time.monotonic()
+    pipes: dict = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) if beside else {}
+    if not beside:
         print(f"== {name}", flush=True)
-        try:
-            status = subprocess.run(command, cwd=ROOT, env=os.environ | variables).returncode
-        except OSError as error:  # a program that isn't there
-            print(error, file=sys.stderr)
-            status = 127
-        failed += [name] if status else []
-        print(f"== {name}: {f'FAILED, status {status}' if status else 'passed'}, {time.monotonic() - start:.0f} s")
-    return failed
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | variables, **pipes)
+        status, text = done.returncode, done.stdout or ""
+    except OSError as error:  # a program that isn't there
+        status, text = 127, f"{error}\n"
+    end = f"== {name}: {f'FAILED, status {status}' if status else 'passed'}, {time.monotonic() - start:.0f} s"
+    print((f"== {name}\n" if beside else "") + text + end, flush=True)
+    return status == 0
+
+
+def run(commands: dict[str, tuple[list[str], dict[str, str]]]) -> list[str]:
+    "Run all of them; the names of those that failed."
+    whole = [name for name in commands if name.split(",")[0] in ALL_CORES]
+    light = [name for name in commands if name not in whole]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        passed = dict(zip(light, pool.map(lambda name: run_part(name, *commands[name], beside=True), light)))
+    passed |= {name: run_part(name, *commands[name], beside=False) for name in whole}
+    return [name for name in commands if not passed[name]]
 
 
 def main() -> int:

@@ -476,10 +476,13 @@ def test_all_parts_run_and_the_failed_ones_are_named(monkeypatch, capfd):
     module = load("run_tests")
     python = [sys.executable, "-c"]
     commands = {
-        "first": ([*python, "import os; print('threads', os.environ['OMP_NUM_THREADS'])"], {"OMP_NUM_THREADS": "3"}),
+        "notebooks": (
+            [*python, "import os; print('threads', os.environ['OMP_NUM_THREADS'])"],
+            {"OMP_NUM_THREADS": "3"},
+        ),
         "second": ([*python, "raise SystemExit(2)"], {}),
         "third": (["/nowhere/at/all"], {}),
-        "last": ([*python, "print('the last part ran')"], {}),
+        "tests": ([*python, "print('the last part ran')"], {}),
     }
     monkeypatch.setattr(module, "parts", lambda: {name: command for name, (command, _) in commands.items()})
     assert module.run(commands) == ["second", "third"]
