@@ -601,9 +601,9 @@ def in_forward_mode(*tensors: Tensor) -> bool:
 
 def _has_tangent(x: Tensor) -> bool:
     "At any level of `torch.func`, as in its hessian: forward mode over reverse mode."
-    level = torch._C._functorch.peek_interpreter_stack()
-    if level is None:
+    if not torch._C._are_functorch_transforms_active():
         return unpack_dual(x).tangent is not None
+    level = torch._C._functorch.peek_interpreter_stack()
     inside = torch._C._functorch.maybe_get_level(x) == level.level()
     forward = inside and level.key() == torch._C._functorch.TransformType.Jvp
     if forward and unpack_dual(x).tangent is not None:

@@ -388,7 +388,7 @@ def four(rank: int, world: int) -> dict:
     return found | {"steps": steps(rank, world), "differ": differ(rank, world), "heads": multihead(rank, world)}
 
 
-@pytest.mark.parametrize(("world", "cases"), [(2, CASES), (3, CASES[1:5])])
+@pytest.mark.parametrize(("world", "cases"), [pytest.param(2, CASES, marks=pytest.mark.slow), (3, CASES[1:5])])
 def test_two_and_three_ranks(world, cases):
     held(spawn_gloo(many, world, 192, cases), 192, cases)
 
@@ -510,6 +510,7 @@ def test_multihead_alone(kind, single, options):
 # ---------------------------------------------------------------- when a process fails
 
 
+@pytest.mark.slow  # the dilated ring, whose steps these are, does the same in `make test`
 @pytest.mark.parametrize(("how", "strategy", "where"), [("die", "ring", "backward")])
 def test_a_rank_that_fails_is_named(tmp_path, how, strategy, where):
     said = said_by_three(tmp_path, how, strategy, where, "sparse")

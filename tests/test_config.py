@@ -27,6 +27,7 @@ from dilated_attention_nb.config import (
     RING_LAYOUTS,
     RING_STRATEGIES,
     SPARSE_PATTERNS,
+    WIDEST,
     BlockSparseRingConfig,
     Config,
     DilatedAttentionConfig,
@@ -477,6 +478,7 @@ def test_import_needs_torch_only():
 # --- drawn by hypothesis
 
 ints = st.integers(1, 2**40)
+widths = st.integers(1, WIDEST)
 flags = st.booleans()
 branches = st.lists(st.tuples(ints, ints), min_size=1, max_size=6)
 dtypes = st.sampled_from([None, *FLOAT_DTYPES])
@@ -511,7 +513,7 @@ def attention_configs(draw):
         "sparsity_ratio": draw(st.floats(0, 1, exclude_min=True)),
         "block_size": 16 * draw(st.integers(1, 64)),
         "enable_adaptive": pattern == "adaptive",
-        "head_dim": draw(ints if pattern == "adaptive" else st.none() | ints),
+        "head_dim": draw(widths if pattern == "adaptive" else st.none() | widths),
         "seed": draw(st.integers(0, 2**31)) if pattern == "random" else 0,
         "mixing": "groups", "offsets": "blocked", "ragged": draw(st.sampled_from(["error", "mask"])),
     }  # fmt: skip

@@ -480,7 +480,7 @@ def counting(graphs):
     return backend
 
 
-@pytest.mark.parametrize("position", ["xpos", "rope"])
+@pytest.mark.parametrize("position", ["xpos", pytest.param("rope", marks=pytest.mark.slow)])
 def test_compiled_it_gives_the_same_numbers_for_eight_lengths(position):
     torch._dynamo.reset()
     graphs, model = [], make(position=position, num_layers=1)

@@ -387,6 +387,7 @@ def test_compiled_it_gives_the_same_numbers_for_eight_lengths():
     assert len(graphs) <= 3  # the first compilation and at most two more
 
 
+@pytest.mark.slow
 def test_compiled_gradients():
     torch._dynamo.reset()
     mha, x = make(dtype=None), inputs(dtype=torch.float32)

@@ -679,7 +679,7 @@ def said_by_three(tmp_path, *args: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("how", "strategy", "where"),
-    [("die", "ring", "forward"), ("stall", "gather", "backward")],
+    [("die", "ring", "forward"), pytest.param("stall", "gather", "backward", marks=pytest.mark.slow)],
 )
 def test_a_rank_that_fails_is_named(tmp_path, how, strategy, where):
     said = said_by_three(tmp_path, how, strategy, where)

@@ -225,6 +225,7 @@ FAULTS = {
 
 
 @needs_browser
+@pytest.mark.slow
 def test_the_browser_test_finds_faults_and_only_faults(tmp_path):
     "A small site: of each fault a page, one page that is right, and one that nothing leads to."
     git = docs.settings().git_url

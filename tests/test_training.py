@@ -146,7 +146,14 @@ def interrupted(words, out, number, rows):
     return process.returncode, said, err
 
 
-@pytest.mark.parametrize(("name", "rows"), [("SIGINT", 20), ("SIGTERM", 60), ("SIGHUP", 40)])
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        pytest.param("SIGINT", 20, marks=pytest.mark.slow),
+        pytest.param("SIGTERM", 60, marks=pytest.mark.slow),
+        ("SIGHUP", 40),
+    ],
+)
 def test_an_interrupted_run_resumes_as_if_nothing_had_been(name, rows, words, whole, tmp_path, here):
     status, said, err = interrupted(words, tmp_path, getattr(signal, name), rows)
     assert status == 128 + getattr(signal, name), err
