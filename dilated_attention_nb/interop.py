@@ -530,11 +530,15 @@ def _on_choice(model: Any, name: str, making: bool) -> None:
     "Called for each model that is made or switched: refuses, warns, and notes the branches in the model's config."
     config, saved = _config_of(name), getattr(model.config, "dilated_attention", None)
     now = None if config is None else config.to_dict()
-    if now is not None and not _may_dispatch(type(model)):
+    dispatches = None if now is None else _dispatches(type(model))
+    if dispatches is False:
         got = f"{type(model).__name__}, which computes attention itself"
         advice = "take 'eager'; for a part of a larger model, attn_implementation={'text_config': a registered name}"
         raise _RefusedError(complaint("the model", "take its attention from transformers' table", got, advice))
-    if now is not None:
+    if now is not None and dispatches is None:
+        about = f"{type(model).__name__} has no attention that could be dilated: {name!r} changes nothing in it"
+        warnings.warn(about, stacklevel=2)
+    elif now is not None:
         _keep_positions(model)
     if making and saved is not None and now != saved and not isinstance(saved, _Branches):
         this = f"now attends with {name!r}" + ("" if now is None else f", {_branches(now)}")
@@ -556,8 +560,8 @@ def _branches(values: Any) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in fields.items() if value != plain.get(name))
 
 
-def _may_dispatch(cls: type) -> bool:
-    "Whether a class of transformers, or one that its module knows, looks into the table of attentions, or has none."
+def _dispatches(cls: type) -> bool | None:
+    "Whether a class of transformers, or one that its module knows, looks into the table of attentions. None: has none."
     from transformers import AttentionInterface, PreTrainedModel
 
     if not cls.__module__.startswith("transformers.models."):
@@ -571,7 +575,9 @@ def _may_dispatch(cls: type) -> bool:
     if any(x is AttentionInterface or isinstance(x, AttentionInterface) for x in everything):
         return True
     attends = any(isinstance(x, type) and issubclass(x, nn.Module) and "Attention" in x.__name__ for x in everything)
-    return not attends or any(part.startswith("transformers.models.auto.modeling") for part in parts)
+    if any(part.startswith("transformers.models.auto.modeling") for part in parts):
+        return True
+    return False if attends else None
 
 # %% ../nbs/14_interop.ipynb #d41f6a04
 def _transformers() -> Any:

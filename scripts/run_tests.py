@@ -59,7 +59,7 @@ def slow() -> dict[str, tuple[list[str], dict[str, str]]]:
 def run_part(name: str, command: list[str], variables: dict[str, str], beside: bool) -> bool:
     "Whether a part passed. What it prints is shown as it comes, or all at once if others run beside it."
     start = time.monotonic()
-    pipes: dict = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) if beside else {}
+    pipes: dict = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") if beside else {}
     if not beside:
         print(f"== {name}", flush=True)
     try:

@@ -407,8 +407,13 @@ def test_text_pictures_and_sound_are_counted(cls, config):
 )
 def test_a_model_without_a_call_is_refused(cls, config):
     name = "sdpa" if cls is LlamaForCausalLM else "dilated"
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        model = cls._from_config(config, attn_implementation=name)
+    said = [str(w.message) for w in warned if "has no attention that could be dilated" in str(w.message)]
+    assert bool(said) == (name == "dilated")  # parts of it say so, too
     with pytest.raises(ValueError, match=f"call dilated attention, got none in {cls.__name__} with '{name}'"):
-        check_dilated(cls._from_config(config, attn_implementation=name))
+        check_dilated(model)
 
 
 def test_layers_of_another_kind_are_named():
