@@ -10,7 +10,9 @@ __all__ = ['training_tensors', 'put_training_tensors', 'check_checkpoint', 'Chec
 import argparse
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -147,6 +149,7 @@ class Checkpoints:
         self.folder, self.keep, self.team = Path(folder), check_int("keep", keep), Team()
         self.group = GroupRef(dist.new_group(backend="gloo") if self.team.size > 1 else None)  # not in training's way
         self.pending: tuple[Any, Path] | None = None  # a future, and the folder that it fills
+        self.damaged: set[Path] = set()  # passed over by `load`: they don't count among those that stay
         self._owning = ExitStack()
         self.team.agreed(self._own)  # nobody goes on before that
 
@@ -162,7 +165,8 @@ class Checkpoints:
 
     def whole(self) -> list[Path]:
         "Those that were completed, the newest last."
-        return sorted(p for p in self.folder.glob("step-*") if p.suffix != ".part")
+        paths = (p for p in self.folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name))
+        return sorted(paths, key=lambda p: int(p.name[5:]))
 
     def save(self, part: DistributedLongNet, optimizer: torch.optim.Optimizer, step: int, about: Any = None) -> None:
         "Begin to write what the steps from `step` on depend on, and `about`, which JSON must be able to hold."
@@ -199,7 +203,8 @@ class Checkpoints:
                 shutil.rmtree(whole)
             os.replace(path, whole)
             sync_folder(self.folder)
-            for old in self.whole()[: -self.keep]:
+            self.damaged.discard(whole)
+            for old in [p for p in self.whole() if p not in self.damaged][: -self.keep]:
                 shutil.rmtree(old)
 
     def load(self, part: DistributedLongNet, optimizer: torch.optim.Optimizer) -> tuple[int, Any]:
@@ -228,6 +233,7 @@ class Checkpoints:
                 raise ValueError(str(error)) from error
             except (FileNotFoundError, NotADirectoryError, ValueError) as error:
                 reasons.append(str(error))
+                self.damaged.add(path)
                 print(f"note: {path.name} is passed over: {error}", file=sys.stderr)
         if reasons:
             raise ValueError(f"{reasons[0]}; no other checkpoint in {self.folder} is whole")
@@ -319,10 +325,15 @@ def train_elastic(
         step, stored = checkpoints.load(part, optimizer)
         losses = _continued(stored, run, step, steps) if step or stored is not None else []
         lines = stack.enter_context(Lines(folder / "losses.jsonl")) if team.first else None
+        if lines is not None and not losses and lines.path.stat().st_size:
+            print(f"note: {lines.path} has losses, but no checkpoint is there: it begins at step 0", file=sys.stderr)
         saved = step
         while step < steps and not team.any(bool(noted)):
             x, targets = (t[begin : begin + own] for t in step_batch(tokens, context, rows, step, seed))
             losses.append(part.loss_and_gradients(x.to(part.device), targets.to(part.device)))
+            if not math.isfinite(losses[-1]):  # on all ranks: it is the loss of the whole batch
+                checkpoints.wait()
+                raise ValueError(complaint("loss", "stay finite", f"{losses[-1]} at step {step}", "lower the rate lr"))
             optimizer.step()
             optimizer.zero_grad()
             step += 1

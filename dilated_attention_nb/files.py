@@ -116,16 +116,21 @@ def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
 
 # %% ../nbs/00b_files.ipynb #f11e0011
 class Lines:
-    "A file that grows by lines of JSON. A line that can't be written whole leaves nothing, and raises `OSError`."
+    """A file that grows by lines of JSON. A line that can't be written whole leaves nothing, and raises `OSError`.
+
+    A torn last line, of a process that was killed, is cut off first.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _NO_LINKS, 0o666)
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | _NO_LINKS, 0o666)
         except OSError as error:
             if error.errno == errno.ELOOP:
                 error = OSError(errno.ELOOP, "it is a symbolic link, and those are not followed")
             raise _failure(path, 0, error) from error
+        with open(self._descriptor, "rb", closefd=False) as file:
+            os.ftruncate(self._descriptor, file.read().rfind(b"\n") + 1)
 
     def add(self, row: Any) -> None:
         "The row as a line at the end."

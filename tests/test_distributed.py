@@ -4,10 +4,12 @@ import copy
 import io
 import itertools
 import json
+import math
 import os
 import pickle
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -624,6 +626,46 @@ def test_what_a_checkpoint_is_not_for_is_refused_and_damage_is_passed_over(tmp_p
     assert "step" in said["no good one"] and "no other checkpoint in" in said["no good one"]
     assert said["full"].startswith("OSError: ") and "step-00000002.part can't be written" in said["full"]
     assert said["left"] == ["losses.jsonl"]  # and nothing half written
+
+
+def keeping_worker(rank, world, folder):
+    "What is in a folder after a fall back, beside a copy of somebody's, without checkpoints, and after a loss of NaN."
+    folder, tokens, notes = Path(folder), (torch.arange(5000) * 37 % 251).short(), io.StringIO()
+
+    def go(steps, every, finite=None):
+        torch.manual_seed(0)
+        part = DistributedLongNet(LongNet(TINY), DistributedConfig())
+        if finite is not None:
+            losses = itertools.chain([1.0] * finite, [math.nan])
+            part.loss_and_gradients = lambda *_: next(losses)
+        with redirect_stderr(notes):
+            train_elastic(part, tokens, folder, steps, 64, 4, every=every)
+        return sorted(p.name for p in folder.glob("step-*"))
+
+    go(8, 4)
+    shutil.copytree(folder / "step-00000004", folder / "step-00000004-mine")
+    next((folder / "step-00000008").glob("*.safetensors")).write_bytes(b"")
+    said = {"fall back": go(6, 1)}
+    with open(folder / "losses.jsonl", "a") as file:
+        file.write('{"step": 7')
+    said |= {"again": go(8, 1), "steps": [step for step, _ in steps_taken(folder)]}
+    for path in folder.glob("step-*"):
+        shutil.rmtree(path)
+    notes.truncate(0)
+    said |= {"without": go(2, 2), "notes": notes.getvalue()}
+    with pytest.raises(ValueError, match="loss must stay finite, got nan at step 5"):
+        go(9, 2, finite=3)
+    return said | {"nan": sorted(p.name for p in folder.glob("step-*"))}
+
+
+def test_whole_checkpoints_stay_beside_damaged_ones_and_before_a_loss_that_is_none(tmp_path):
+    (said,) = spawn_gloo(keeping_worker, 1, str(tmp_path / "run"))
+    mine, damaged = "step-00000004-mine", "step-00000008"
+    assert said["fall back"] == [mine, "step-00000005", "step-00000006", damaged]
+    assert said["again"] == [mine, "step-00000007", damaged] and said["steps"] == [*range(1, 9), 5, 6, 7, 8]
+    assert said["without"] == ["step-00000002"]
+    assert "losses.jsonl has losses, but no checkpoint is there: it begins at step 0" in said["notes"]
+    assert said["nan"] == ["step-00000002", "step-00000004"]
 
 
 def test_a_checkpoint_is_what_was_there_and_reading_it_runs_nothing(tmp_path):

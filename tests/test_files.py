@@ -179,6 +179,10 @@ def test_lines_come_back_and_a_torn_last_one_does_not(tmp_path):
     with open(path, "a") as file:
         file.write('{"step": 2')
     assert read_lines(path) == [{"step": 0}, {"step": 1}]
+    for row in ({"step": 2}, {"step": 3}):  # not behind the torn one
+        with Lines(path) as lines:
+            lines.add(row)
+    assert [row["step"] for row in read_lines(path)] == [0, 1, 2, 3]
     path.write_text("no json\n")
     assert "no JSON" in damaged(read_lines, path)
 
