@@ -13,6 +13,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from torch import nn
 
@@ -501,6 +502,37 @@ def test_no_state_in_modules_or_classes():
                 assert bounded, f"{module}.{where}: a cache without a bound"
             assert not (isinstance(node, ast.FunctionDef) and any(ast.unparse(d).split(".")[-1] == "cache"
                         for d in node.decorator_list)), f"{module}.{where}: functools.cache has no bound"  # fmt: skip
+
+
+def test_no_attribute_is_read_that_nobody_sets():
+    "What a method reads of `self` is set by its class, or one above; what is read of torch is there."
+    roots = {"torch": torch, "nn": nn, "F": nn.functional, "dist": torch.distributed}
+    for module, tree in TREES.items():
+        home = importlib.import_module(f"dilated_attention_nb.{module}")
+        for where, node in scopes(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in roots:
+                assert hasattr(roots[node.value.id], node.attr), f"{module}.{where}: {ast.unparse(node)} does not exist"
+        for node in [n for n in tree.body if isinstance(n, ast.ClassDef)]:
+            cls, known = getattr(home, node.name), set()
+            for base in cls.__mro__:
+                known |= set(vars(base)) | set(getattr(base, "__annotations__", {}))
+                if base.__module__.startswith("dilated_attention_nb"):
+                    for n in ast.walk(ast.parse(inspect.cleandoc("\n" + inspect.getsource(base)))):
+                        if (
+                            isinstance(n, ast.Attribute)
+                            and isinstance(n.ctx, ast.Store)
+                            and ast.unparse(n.value) == "self"
+                        ):
+                            known.add(n.attr)
+            slots = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+            for n in ast.walk(node):
+                if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load) and ast.unparse(n.value) == "self":
+                    inherited = any(base.__module__.startswith("torch") for base in cls.__mro__[1:]) and hasattr(
+                        nn.MultiheadAttention(8, 1), n.attr
+                    )
+                    assert n.attr in known | slots or inherited, (
+                        f"{module}.{node.name} reads self.{n.attr}, which nobody sets"
+                    )
 
 
 # ---------------------------------------------------------------- signatures
