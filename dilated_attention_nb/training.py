@@ -882,11 +882,19 @@ def _launch() -> str:
     return f"process {os.getppid()} of {platform.node()}" if name == "none" else name
 
 
+def _launched() -> float:
+    "When the first attempt began, by the folder that torchrun made for it: an older launch may have had the same name."
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
+    first = Path(error_file).parents[1].with_name("attempt_0") if error_file.count(os.sep) > 2 else Path()
+    return first.stat().st_mtime if first.name and first.exists() else 0.0
+
+
 def launched_run(out: Path) -> str | None:
     "After a restart by torchrun, the newest run that an earlier attempt of the same launch began; else None."
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return None
-    runs = [path for path in out.glob("*/launch.json") if read_json(path) == _launch()]
+    runs = [path for path in out.glob("*/launch.json") if path.stat().st_mtime >= _launched()]
+    runs = [path for path in runs if read_json(path) == _launch()]
     return str(max(runs, key=lambda path: path.stat().st_mtime).parent) if runs else None
 
 # %% ../nbs/15_training.ipynb #33885d6a

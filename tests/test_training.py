@@ -29,6 +29,7 @@ from dilated_attention_nb.training import (
     TrainingConfig,
     bits_per_byte,
     held_out,
+    launched_run,
     learning_rate,
     load_checkpoint,
     load_run,
@@ -202,6 +203,26 @@ def test_names_are_never_reused(whole, words, here):
     assert status == 2 and "name must be new" in err and "--resume" in err and content(run) == before
     status, said, err = here("--text", words, "--steps", 2, "--out", run.parent, *SIZE)
     assert status == 0 and "longnet-2" in said and content(run) == before
+
+
+def test_a_restart_does_not_take_up_an_earlier_launch_of_the_same_name(tmp_path, monkeypatch):
+    "Nor say that it is done because that one was: the first attempt died before it had a folder."
+    for attempt in (0, 1):
+        (tmp_path / f"logs/nightly_x/attempt_{attempt}/0").mkdir(parents=True)
+    names = {"RUN_ID": "nightly", "RESTART_COUNT": "1"}
+    names["ERROR_FILE"] = str(tmp_path / "logs/nightly_x/attempt_1/0/error.json")
+    for name, value in names.items():
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    began = (tmp_path / "logs/nightly_x/attempt_0").stat().st_mtime
+    for name, when in {"before": began - 9, "mine": began + 9, "other": began + 99}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "launch.json").write_text(json.dumps("nightly" if name != "other" else "weekly"))
+        os.utime(tmp_path / name / "launch.json", (when, when))
+    assert launched_run(tmp_path) == str(tmp_path / "mine")
+    (tmp_path / "mine/launch.json").unlink()
+    assert launched_run(tmp_path) is None
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE")  # another launcher: the name alone
+    assert launched_run(tmp_path) == str(tmp_path / "before")
 
 
 def test_a_finished_run_is_not_resumed(whole, here):
