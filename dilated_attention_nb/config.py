@@ -140,7 +140,7 @@ EVICTION_POLICIES = ("lru", "lfu", "adaptive")
 
 def nearest(word: str, known: Sequence[str]) -> str | None:
     "The entry of `known` that is spelt most like `word`; None if none shares three fifths of its letters."
-    ratios = {k: difflib.SequenceMatcher(None, word.lower(), k.lower()).ratio() for k in known}
+    ratios = {k: difflib.SequenceMatcher(None, word[:100].lower(), k.lower()).ratio() for k in known}
     best = max(ratios, key=lambda k: ratios[k])
     return best if ratios[best] >= 0.6 else None
 

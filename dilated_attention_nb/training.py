@@ -80,16 +80,17 @@ def text_files(
     folder: Path,
     suffix: str = "",
     skipped: Collection[str] = (),
-    dangling: list[Path] | None = None,  # gets the links that lead nowhere
+    links: list[Path] | None = None,  # gets the links to nothing, and those to folders, which are not followed
 ) -> list[Path]:
     "All files below `folder` that end in `suffix`, ordered by path, but hidden ones and those in `skipped` folders."
 
     def fail(error: OSError) -> None:
         raise error
 
-    found = []
+    found, links = [], [] if links is None else links
     for where, folders, names in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if name not in skipped and name[0] != "."]
+        links += [path for name in folders if (path := Path(where, name)).is_symlink()]
         paths = (Path(where, name) for name in names if name.endswith(suffix) and name[0] != ".")
         for path in paths:
             try:
@@ -98,8 +99,7 @@ def text_files(
             except OSError:
                 if not path.is_symlink():
                     raise
-                dangling = [] if dangling is None else dangling
-                dangling.append(path)
+                links.append(path)
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 # %% ../nbs/15_training.ipynb #4d050b7f
@@ -126,12 +126,12 @@ class Corpus:
     held_files: tuple[str, ...]
     digest: str  # of both streams
     copies: int = 0  # files left out because they are copies of others
-    dangling: int = 0  # links that lead nowhere
+    dangling: int = 0  # links that lead to nothing, or to folders
 
     @property
     def left_out(self) -> str:
         "What was left out, in words for a message; empty if that is nothing."
-        parts = (self.copies, "copies of held-out files"), (self.dangling, "links that lead nowhere")
+        parts = (self.copies, "copies of held-out files"), (self.dangling, "links to nothing or to folders")
         said = " and ".join(f"{count} {what}" for count, what in parts if count)
         return f", after {said} were left out" if said else ""
 
@@ -149,7 +149,7 @@ def to_bytes(tokens: Int[Tensor, " n"]) -> bytes:
 
 def read_corpus(text: str | None = None) -> Corpus:
     """A file, a folder, or None for Python's standard library. Files with NUL bytes are no text and passed over,
-    and so are copies of held-out files and links that lead nowhere; both are counted.
+    and so are copies of held-out files and links to nothing or to folders; both are counted.
 
     Where no file can be held out, the end of the text is. Raises `ValueError` if nothing can be read.
     """
@@ -167,7 +167,7 @@ def read_corpus(text: str | None = None) -> Corpus:
         raise ValueError(complaint("text", "be readable", got, advice)) from error
     data = {name: part for name, part in read.items() if part and b"\0" not in part}
     if not data:
-        links = f", and {len(dangling)} links that lead nowhere" if dangling else ""
+        links = f", and {len(dangling)} links to nothing or to folders" if dangling else ""
         got = f"{len(read)} files in {root}, each empty or not text{links}"
         raise ValueError(complaint("text", "contain text", got, advice))
     held = held_out({name: len(part) for name, part in data.items()})
