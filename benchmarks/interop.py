@@ -25,7 +25,7 @@ torch.set_num_threads(1)
 
 
 def make(**values: Any) -> Any:
-    from dilated_attention_nb.interop import GigaPathSlideEncoder
+    from dilated_attention_nb.gigapath import GigaPathSlideEncoder
 
     torch.manual_seed(0)
     return GigaPathSlideEncoder(**values).eval()

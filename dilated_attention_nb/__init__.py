@@ -24,10 +24,8 @@ if TYPE_CHECKING:
     from dilated_attention_nb import distributed as distributed
     from dilated_attention_nb import elastic as elastic
     from dilated_attention_nb import files as files
-    from dilated_attention_nb import fused_plan as fused_plan
     from dilated_attention_nb import gigapath as gigapath
     from dilated_attention_nb import improved as improved
-    from dilated_attention_nb import interop as interop
     from dilated_attention_nb import kv_cache as kv_cache
     from dilated_attention_nb import longnet as longnet
     from dilated_attention_nb import masking as masking
@@ -45,6 +43,7 @@ if TYPE_CHECKING:
     from dilated_attention_nb import sharding as sharding
     from dilated_attention_nb import testing as testing
     from dilated_attention_nb import training as training
+    from dilated_attention_nb import transformers as transformers
     from dilated_attention_nb import triton_backward as triton_backward
     from dilated_attention_nb import triton_forward as triton_forward
     from dilated_attention_nb.improved import dilated_attention as dilated_attention
@@ -64,8 +63,8 @@ if TYPE_CHECKING:
     from dilated_attention_nb.multihead import create_dilated_attention as create_dilated_attention
     from dilated_attention_nb.multihead import MultiheadDilatedAttention as MultiheadDilatedAttention
     from dilated_attention_nb.multihead import create_multihead_dilated_attention as create_multihead_dilated_attention
-    from dilated_attention_nb.interop import DilatedMHA as DilatedMHA
-    from dilated_attention_nb.interop import replace_attention as replace_attention
+    from dilated_attention_nb.transformers import DilatedMHA as DilatedMHA
+    from dilated_attention_nb.transformers import replace_attention as replace_attention
     from dilated_attention_nb.config import DilatedAttentionConfig as DilatedAttentionConfig
     from dilated_attention_nb.config import MultiheadConfig as MultiheadConfig
     from dilated_attention_nb.config import SparseAttentionConfig as SparseAttentionConfig
@@ -85,8 +84,8 @@ if TYPE_CHECKING:
     from dilated_attention_nb.gigapath import slide_segment_lengths as slide_segment_lengths
     from dilated_attention_nb.gigapath import tile_cells as tile_cells
     from dilated_attention_nb.gigapath import attention_rollout as attention_rollout
-    from dilated_attention_nb.interop import register_with_transformers as register_with_transformers
-    from dilated_attention_nb.interop import check_dilated as check_dilated
+    from dilated_attention_nb.transformers import register_with_transformers as register_with_transformers
+    from dilated_attention_nb.transformers import check_dilated as check_dilated
     from dilated_attention_nb.pretrained import save_pretrained as save_pretrained
     from dilated_attention_nb.pretrained import from_pretrained as from_pretrained
     from dilated_attention_nb.decoding import generate as generate
@@ -134,8 +133,8 @@ _HOME = {
     "create_dilated_attention": "multihead",
     "MultiheadDilatedAttention": "multihead",
     "create_multihead_dilated_attention": "multihead",
-    "DilatedMHA": "interop",
-    "replace_attention": "interop",
+    "DilatedMHA": "transformers",
+    "replace_attention": "transformers",
     # configs
     "DilatedAttentionConfig": "config",
     "MultiheadConfig": "config",
@@ -157,8 +156,8 @@ _HOME = {
     "slide_segment_lengths": "gigapath",
     "tile_cells": "gigapath",
     "attention_rollout": "gigapath",
-    "register_with_transformers": "interop",
-    "check_dilated": "interop",
+    "register_with_transformers": "transformers",
+    "check_dilated": "transformers",
     "save_pretrained": "pretrained",
     "from_pretrained": "pretrained",
     # decoding

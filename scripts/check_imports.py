@@ -26,13 +26,12 @@ ONLY = {
     "config": set(),
     "files": {"config"},
     "testing": {"config"},
-    "plotting": {"config", "files", "testing"},  # testing: who attends to whom
     "memory_pool": {"config"},
+    "plotting": {"config", "files", "testing"},  # testing: who attends to whom
     "masking": {"config"},
     "partial": {"config", "masking"},
-    "fused_plan": {"config", "masking"},
-    "triton_forward": {"config", "fused_plan"},
-    "triton_backward": {"config", "fused_plan", "triton_forward"},
+    "triton_forward": {"config", "masking"},
+    "triton_backward": {"config", "triton_forward"},
     "block_patterns": {"config", "plotting", "masking"},  # plotting: for BlockPattern.plot alone
     "block_plan": set(),
     "block_attention": {"config", "partial", "block_patterns", "block_plan"},
@@ -58,9 +57,11 @@ NOT = {"improved": {"dilated"}}
 # Every lesson may use these; exported code only where it is named here.
 LESSONS = {
     "testing": {"multihead", "benchmarks", "__main__"},  # need_weights at short lengths is the oracle's job
-    "plotting": {"training", "distributed", "benchmarks"},
+    "plotting": {"training", "benchmarks"},
 }
 LEAVES = {"benchmarks"}  # nothing imports these
+TOOLS = 30  # from this number on: exported code of others imports them where they are used, in a function
+EVERYWHERE = {"files", "memory_pool"}  # tools that stand last because they are no step of the way
 
 NUMBERED = re.compile(r"^(\d+)([a-z]?)_(\w+)\.ipynb$")  # a letter stands between two numbers: 07, 07b, 08
 DEFAULT_EXP = re.compile(r"^\s*#\|\s*default_exp\s+(\S+)", re.MULTILINE)
@@ -106,22 +107,26 @@ def parse(text: str) -> ast.Module | None:
         return None
 
 
-def imports(tree: ast.Module) -> list[tuple[str, list[str]]]:
-    """Everything that a cell imports from this package, in functions too: module and names.
+def imports(tree: ast.Module) -> list[tuple[str, list[str], bool]]:
+    """Everything that a cell imports from this package: module, names, and whether a function or a type does it.
 
     Not what methods import: what a class of models can do, as to write, may be built on it by a later notebook.
     """
-    found = []
+    inner = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.If))]  # if TYPE_CHECKING
+    local = {id(node) for outer in inner for node in ast.walk(outer)}
     methods = [f for c in ast.walk(tree) if isinstance(c, ast.ClassDef) for f in c.body]
     inside = {id(node) for f in methods if isinstance(f, ast.FunctionDef) for node in ast.walk(f)}
+    imported = []
     for node in ast.walk(tree):
         if id(node) in inside:
             continue
         if isinstance(node, ast.Import):
-            found += [(a.name, []) for a in node.names if a.name.split(".")[0] == PACKAGE]
+            modules = [a.name for a in node.names if a.name.split(".")[0] == PACKAGE]
+            imported += [(name, [], id(node) in local) for name in modules]
         elif isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == PACKAGE):
-            found.append(("." * node.level + (node.module or ""), [a.name for a in node.names]))
-    return found
+            module = "." * node.level + (node.module or "")
+            imported.append((module, [a.name for a in node.names], id(node) in local))
+    return imported
 
 
 def refusal(me: str, target: str) -> str:
@@ -142,7 +147,7 @@ def check_order(notebooks: list[Notebook]) -> list[str]:
     for nb in notebooks:
         for i, _, text in nb.code():
             tree = parse(text) if EXPORT.search(text) else None
-            for module, names in imports(tree) if tree else []:
+            for module, names, local in imports(tree) if tree else []:
                 where = f"{nb.name}, cell {i}: "
                 target = module.removeprefix(PACKAGE).removeprefix(".")
                 me = nb.modules[0] if nb.modules else nb.name
@@ -160,7 +165,9 @@ def check_order(notebooks: list[Notebook]) -> list[str]:
                     )
                 elif target not in numbers:
                     wrong.append(where + f"imports from {target}, which no numbered notebook exports")
-                elif nb.number is None or numbers[target] >= nb.number:
+                elif nb.number is not None and numbers[target] >= TOOLS > nb.number and (local or target in EVERYWHERE):
+                    wrong += [where + reason] if (reason := refusal(me, target)) else []
+                elif nb.number is None or (numbers[target] >= nb.number and target not in EVERYWHERE):
                     wrong.append(
                         where + f"imports from {target} (number {numbers[target]}), which is not lower than its own"
                     )

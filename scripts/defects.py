@@ -1,4 +1,4 @@
-"""Keep the pages of defects (nbs/18*_defects*.ipynb) in step with the layers and tests that they name.
+"""Keep the pages of defects (nbs/[0-9]*_defects*.ipynb) in step with the layers and tests that they name.
 
     python scripts/defects.py            mend links to layers and ids of tests
     python scripts/defects.py --check    write nothing; say what is stale or leads nowhere
@@ -67,7 +67,7 @@ def layers(root: Path) -> list[Path]:
 
 
 def catalogue(root: Path) -> list[Path]:
-    return sorted((root / "nbs").glob("18*_defects*.ipynb"))
+    return sorted((root / "nbs").glob("[0-9]*_defects*.ipynb"))
 
 
 @dataclass
@@ -172,7 +172,7 @@ def wanted(root: Path) -> tuple[dict[Path, str], list[str]]:
         titles += [s.title for s in sections(path)] + [title for title, _ in rows(path)]
         texts[path] = json.dumps(nb, ensure_ascii=False, indent=1, sort_keys=True) + "\n"
     wrong += [f"two defects are called '{t}'" for t in sorted({t for t in titles if titles.count(t) > 1})]
-    return texts, wrong if titles else ["no notebook nbs/18*_defects*.ipynb has a defect"]
+    return texts, wrong if titles else ["no notebook nbs/[0-9]*_defects*.ipynb has a defect"]
 
 
 def main() -> int:

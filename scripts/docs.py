@@ -38,7 +38,10 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PROC = "_proc"
-RESULTS = {"lab_log"}  # explanations that report rather than guide
+PARTS = {  # of the notebooks in order, by the number of the last one of each
+    "The idea": 7, "Blocks": 10, "Many devices": 14, "Models": 21, "Training": 24, "Evidence": 29, "Tools": 99,
+}  # fmt: skip
+REPORTS = {"lab_log"}  # explanations that report rather than guide
 FIRST = ["variants", "explorer", "cluster", "gigapath", "huggingface", "pytorch_encoder", "migration"]
 RAW = re.compile(r"^```\{=html\}\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)  # HTML that is passed on as it is
 FILES = ("*.js", "*.css")  # what pages load, beside them in nbs/
@@ -322,15 +325,15 @@ def section(page: Page) -> str:
     if page.source.parts[0] == "reference":
         return "API reference"
     if page.source.parent == Path("nbs"):
-        return "Results" if number in (17, 18) else "Tutorial"
-    return "Results" if page.source.stem in RESULTS else "Guides" if page.source.parent != Path(".") else ""
+        return next(part for part, last in PARTS.items() if number <= last)
+    return "Evidence" if page.source.stem in REPORTS else "Guides" if page.source.parent != Path(".") else ""
 
 
 def sections(pages: list[Page]) -> dict[str, list[Page]]:
-    "The pages as the navigation lists them: home, tutorial, guides, reference, results."
-    names = ["", "Tutorial", "Guides", "API reference", "Results"]
+    "The pages as the navigation lists them: home, the notebooks part by part, guides, reference."
+    names = ["", *PARTS, "Guides", "API reference"]
     found = {name: [page for page in pages if section(page) == name] for name in names}
-    for name in ("Tutorial", "Results"):
+    for name in PARTS:
         found[name].sort(key=order)
     found["Guides"].sort(key=lambda p: (FIRST.index(p.source.stem) if p.source.stem in FIRST else len(FIRST), order(p)))
     return {name: group for name, group in found.items() if group}

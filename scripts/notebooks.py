@@ -1,7 +1,7 @@
 """Execute notebooks and store their outputs, byte for byte the same whenever nothing changed.
 
     python scripts/notebooks.py                        all notebooks
-    python scripts/notebooks.py nbs/00_config.ipynb    some of them
+    python scripts/notebooks.py nbs/01_config.ipynb    some of them
     python scripts/notebooks.py --check                execute, name what differs from what is stored, write nothing
 
 Every notebook runs in a fresh kernel, in its own folder, with fixed hash and figure settings. What would change from

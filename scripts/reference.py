@@ -1,6 +1,6 @@
 """The API reference, a page for each module, from the modules' source: signatures with shapes, comments, docstrings.
 
-    python scripts/reference.py nbs/04_masking.ipynb    print the page of that notebook's module
+    python scripts/reference.py nbs/02_masking.ipynb    print the page of that notebook's module
 
 Nothing is imported: annotations stand on the page as they stand in the code, `Float[Tensor, "b n h d"]`. The comment
 behind a parameter or field is its meaning (docments). scripts/docs.py puts the pages into the site.

@@ -2,7 +2,7 @@
 its cells show with what they store (`outputs.py`).
 
     python scripts/run_notebooks_tests.py                        all notebooks
-    python scripts/run_notebooks_tests.py nbs/05_partial.ipynb   some of them
+    python scripts/run_notebooks_tests.py nbs/04_partial.ipynb   some of them
 
 `nbdev_test` shares worker processes between notebooks, waits for ever and is content with no notebook at all. Here no
 state leaks from one to the next, a hanging cell ends, and the number that ran must be the number that is there. Cells

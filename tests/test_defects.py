@@ -1,4 +1,4 @@
-"""The faults of other systems as properties that every path of this one has: see nbs/18_defects.ipynb.
+"""The faults of other systems as properties that every path of this one has: see nbs/27_defects.ipynb.
 
 A path is a way to compute attention: readable, improved, within a multi-head layer, on a simulated ring, from a cache
 (of constant size token by token, of everything some tokens at a time), along a pattern of blocks, alone and on a ring,

@@ -18,22 +18,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dilated_attention_nb
 from dilated_attention_nb.config import DilatedAttentionConfig
-from dilated_attention_nb.gigapath import attention_rollout, slide_segment_lengths
-from dilated_attention_nb.interop import (
-    DilatedMHA,
+from dilated_attention_nb.gigapath import (
     GigaPathConfig,
     GigaPathSlideEncoder,
-    from_pretrained,
+    attention_rollout,
     position_codes,
-    register_with_transformers,
-    replace_attention,
-    save_pretrained,
+    slide_segment_lengths,
     tile_cells,
 )
 from dilated_attention_nb.longnet import LongNet, LongNetEncoder, longnet_tiny
+from dilated_attention_nb.pretrained import from_pretrained, save_pretrained
 from dilated_attention_nb.processes import peak_memory
 from dilated_attention_nb.testing import oracle_attention
 from dilated_attention_nb.training import SEPARATOR, NgramEmbedding
+from dilated_attention_nb.transformers import DilatedMHA, register_with_transformers, replace_attention
 
 FILE = np.load(Path(__file__).parent / "golden" / "gigapath_slide_encoder.npz")
 META = json.loads(FILE["meta"].tobytes())
@@ -658,7 +656,7 @@ def test_interop_offers_what_lower_rooms_hold():
     names = ("GigaPathSlideEncoder", "GigaPathConfig", "from_pretrained", "save_pretrained", "LongNetEncoder")
     homes = [vars(getattr(dilated_attention_nb, module)) for module in ("gigapath", "pretrained", "longnet")]
     for name in (*names, "tile_cells", "position_codes"):
-        assert any(getattr(dilated_attention_nb.interop, name) is home.get(name) for home in homes)
+        assert any(getattr(dilated_attention_nb.transformers, name) is home.get(name) for home in homes)
 
 
 def saved(folder):

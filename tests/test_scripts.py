@@ -87,7 +87,19 @@ def test_a_wrong_import_is_found(tmp_path, line, complaint):
     layer(tmp_path, 5, "partial", "Z = 1")
     layer(tmp_path, 4, "masking", line)
     [found] = load("check_imports").check(tmp_path)
-    assert "04_masking" in found and complaint in found
+    assert "02_masking" in found and complaint in found
+
+
+def test_tools_stand_last_and_are_imported_where_they_are_used(tmp_path):
+    layer(tmp_path, 1, "config", "X = 1")
+    layer(tmp_path, 30, "plotting", "Y = 1")
+    layer(tmp_path, 36, "files", "Z = 1")
+    layer(tmp_path, 22, "training", "def f():\n    from dilated_attention_nb.plotting import Y")
+    layer(tmp_path, 23, "distributed", "from dilated_attention_nb.files import Z")
+    assert load("check_imports").check(tmp_path) == []
+    layer(tmp_path, 22, "training", "from dilated_attention_nb.plotting import Y")
+    (complaint,) = load("check_imports").check(tmp_path)
+    assert "22_training" in complaint and "not lower" in complaint
 
 
 def test_the_module_that_python_runs(tmp_path):
@@ -96,12 +108,12 @@ def test_the_module_that_python_runs(tmp_path):
     version, more = (
         code("#| export", f"from dilated_attention_nb import {x}") for x in ("__version__", "__version__, f")
     )
-    write(tmp_path / "nbs/19_main.ipynb", *cells, version)
+    write(tmp_path / "nbs/35_main.ipynb", *cells, version)
     assert load("check_imports").check(tmp_path) == []
-    write(tmp_path / "nbs/19_main.ipynb", *cells, more)
+    write(tmp_path / "nbs/35_main.ipynb", *cells, more)
     (found,) = load("check_imports").check(tmp_path)
     assert "package root" in found
-    (tmp_path / "nbs/19_main.ipynb").rename(tmp_path / "nbs/19_start.ipynb")
+    (tmp_path / "nbs/35_main.ipynb").rename(tmp_path / "nbs/19_start.ipynb")
     assert any("call it NN_" in line for line in load("check_imports").check(tmp_path))
 
 
@@ -114,7 +126,7 @@ def test_a_figure_with_words_passes(tmp_path):
 def test_lessons_may_import_what_exported_code_may_not(tmp_path):
     layer(tmp_path, 1, "testing", "X = 1")
     lesson = code("from dilated_attention_nb.testing import X")
-    write(tmp_path / "nbs/04_masking.ipynb", code("#| default_exp masking"), prose("# Masks"), lesson)
+    write(tmp_path / "nbs/02_masking.ipynb", code("#| default_exp masking"), prose("# Masks"), lesson)
     assert load("check_imports").check(tmp_path) == []
 
 
@@ -175,9 +187,9 @@ def test_export_finds_what_is_edited_stale_missing_or_unclean(tmp_path):
     assert any("old.py: stale" in line for line in check(root))
     (root / "dilated_attention_nb/old.py").unlink()
 
-    notebook = root / "nbs/00_config.ipynb"
+    notebook = root / "nbs/01_config.ipynb"
     notebook.write_text(notebook.read_text().replace('"execution_count": null', '"execution_count": 7', 1))
-    assert any("00_config.ipynb: differs" in line for line in check(root))
+    assert any("01_config.ipynb: differs" in line for line in check(root))
 
 
 def test_two_modules_may_not_export_one_name(tmp_path):
@@ -453,7 +465,7 @@ def test_formulas_become_mathml_outside_code_only():
 def test_marks_of_quarto_do_not_reach_the_preview():
     plain = load("docs").plain_markdown
     text = plain(
-        "::: {.callout-note}\nsee [it](00_config.ipynb#x)\n:::\n\n## Head {#sec-a}", {"00_config.ipynb": "config.html"}
+        "::: {.callout-note}\nsee [it](01_config.ipynb#x)\n:::\n\n## Head {#sec-a}", {"01_config.ipynb": "config.html"}
     )
     assert ":::" not in text and "[it](config.html#x)" in text and "## Head\n" in text + "\n"
     assert "{#" not in text and '<a id="sec-a"></a>' in text

@@ -124,11 +124,13 @@ def test_what_quarto_made_is_opened_in_a_browser_before_it_is_published():
 
 
 def test_what_readers_were_promised_is_in_the_navigation():
-    "Guides, reference, defects, benchmarks and lab log, each under its heading."
+    "The notebooks part by part, guides, reference, defects, benchmarks and lab log, each under its heading."
     found = {name: [p.source.as_posix() for p in group] for name, group in docs.sections(pages()).items()}
     for name, wanted in {
         "": ["index.ipynb"],
-        "Tutorial": ["nbs/00_config.ipynb", "nbs/06_dilated.ipynb", "nbs/16_distributed.ipynb"],
+        "The idea": ["nbs/01_config.ipynb", "nbs/06_dilated.ipynb"],
+        "Models": ["nbs/16_longnet.ipynb", "nbs/20_gigapath.ipynb"],
+        "Training": ["nbs/23_distributed.ipynb"],
         "Guides": [
             "nbs/explanations/variants.ipynb",
             "nbs/explanations/explorer.qmd",
@@ -138,7 +140,8 @@ def test_what_readers_were_promised_is_in_the_navigation():
             "nbs/explanations/migration.ipynb",
         ],
         "API reference": ["reference/index.qmd", "reference/masking.qmd"],
-        "Results": ["nbs/17_benchmarks.ipynb", "nbs/18_defects.ipynb", "nbs/explanations/lab_log.qmd"],
+        "Evidence": ["nbs/26_benchmarks.ipynb", "nbs/27_defects.ipynb", "nbs/explanations/lab_log.qmd"],
+        "Tools": ["nbs/30_plotting.ipynb", "nbs/35_main.ipynb"],
     }.items():
         assert set(wanted) <= set(found[name]), name
     assert sum(map(len, found.values())) == len(pages())

@@ -74,8 +74,8 @@ from transformers import (  # noqa: E402
 from transformers.masking_utils import causal_mask_function  # noqa: E402
 
 from dilated_attention_nb.config import DilatedAttentionConfig  # noqa: E402
-from dilated_attention_nb.interop import check_dilated, register_with_transformers  # noqa: E402
 from dilated_attention_nb.testing import oracle_attention  # noqa: E402
+from dilated_attention_nb.transformers import check_dilated, register_with_transformers  # noqa: E402
 
 SIZE = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
 MODELS = {
