@@ -72,10 +72,10 @@ def rates(rank: int, world: int, shape: dict[str, Any], n: int) -> dict[str, flo
     """
     import torch.distributed as dist
 
+    from dilated_attention_nb.backends import attend
     from dilated_attention_nb.config import RingAttentionConfig
     from dilated_attention_nb.improved import dilated_attention
     from dilated_attention_nb.longnet import LongNetConfig
-    from dilated_attention_nb.partial import attend
     from dilated_attention_nb.ring import simulate_ring
     from dilated_attention_nb.scaling import attention_pairs
 

@@ -91,8 +91,8 @@ def gathered(x: torch.Tensor, mixing: str) -> list[torch.Tensor]:
 
 def floor() -> dict[str, Any]:
     "The fused kernels, and the layer on bundled kernels, against bare flash calls on gathered tensors."
+    from dilated_attention_nb.backends import KERNELS
     from dilated_attention_nb.improved import dilated_attention
-    from dilated_attention_nb.partial import KERNELS
 
     flash, rows, n, heads = KERNELS["flash"], [], SIZES["n"], SIZES["heads"]
     for d, dtype in ((64, torch.bfloat16), (64, torch.float16), (128, torch.bfloat16)):
@@ -139,8 +139,8 @@ def floor() -> dict[str, Any]:
 
 def dense() -> dict[str, Any]:
     "The fused kernel against dense flash, causal, forward."
+    from dilated_attention_nb.backends import KERNELS
     from dilated_attention_nb.improved import dilated_attention
-    from dilated_attention_nb.partial import KERNELS
 
     n, heads, d = SIZES["n"], SIZES["heads"], 64
     q, k, v = normal(n, heads, d, torch.bfloat16)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from dilated_attention_nb import backends as backends
     from dilated_attention_nb import block_attention as block_attention
     from dilated_attention_nb import block_patterns as block_patterns
     from dilated_attention_nb import block_sparse as block_sparse
@@ -48,9 +49,9 @@ if TYPE_CHECKING:
     from dilated_attention_nb import triton_forward as triton_forward
     from dilated_attention_nb.improved import dilated_attention as dilated_attention
     from dilated_attention_nb.improved import Packing as Packing
-    from dilated_attention_nb.partial import attend as attend
+    from dilated_attention_nb.backends import attend as attend
     from dilated_attention_nb.partial import merge as merge
-    from dilated_attention_nb.partial import available_backends as available_backends
+    from dilated_attention_nb.backends import available_backends as available_backends
     from dilated_attention_nb.block_patterns import block_pattern as block_pattern
     from dilated_attention_nb.block_attention import block_sparse_attention as block_sparse_attention
     from dilated_attention_nb.dilated import DilatedAttention as DilatedAttention
@@ -119,9 +120,9 @@ _HOME = {
     # attention
     "dilated_attention": "improved",
     "Packing": "improved",
-    "attend": "partial",
+    "attend": "backends",
     "merge": "partial",
-    "available_backends": "partial",
+    "available_backends": "backends",
     "block_pattern": "block_patterns",
     "block_sparse_attention": "block_attention",
     # modules

@@ -22,9 +22,9 @@ import torch
 from torch.torch_version import TorchVersion
 
 from . import __version__
+from .backends import available_backends, resolve_backend
 from .config import check_device
 from .improved import dilated_attention
-from .partial import available_backends, resolve_backend
 from .testing import check_against_oracle, make_qkv
 
 # %% ../nbs/35_main.ipynb #5b0a1007

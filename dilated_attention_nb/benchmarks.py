@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from .backends import attend
 from .block_patterns import block_pattern
 from .block_sparse import block_sparse_attention
 from .config import DilatedAttentionConfig, RingAttentionConfig, check_int, complaint
@@ -36,7 +37,6 @@ from .dilated import DilatedAttention
 from .files import read_json, write_file
 from .improved import dilated_attention
 from .masking import clipped, tiles
-from .partial import attend
 from .ring import simulate_ring
 
 # %% ../nbs/26_benchmarks.ipynb #761b4317

@@ -19,10 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from .block_patterns import BlockPattern
-from .block_plan import _GROUP, Lists, Portion, Scratch, Span, Woven, _small_plan, plan, read
-from .config import BACKENDS, check_choice, check_flag, check_qkv, check_scale, complaint
-from dilated_attention_nb.partial import (
+from dilated_attention_nb.backends import (
     _ONE_CALL,
     attend_backward,
     attend_forward,
@@ -31,12 +28,15 @@ from dilated_attention_nb.partial import (
     finite_gradients,
     finite_padding,
     in_forward_mode,
-    merge_lse_,
     product_operations,
     resolve_backend,
     tf32,
     wide_dtype,
 )
+from .block_patterns import BlockPattern
+from .block_plan import _GROUP, Lists, Portion, Scratch, Span, Woven, _small_plan, plan, read
+from .config import BACKENDS, check_choice, check_flag, check_qkv, check_scale, complaint
+from .partial import merge_lse_
 
 # %% ../nbs/07d_block_attention.ipynb #0552d9c4
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import dropout, pad
 
+from .backends import attend_forward, cast_like_autocast, resolve_backend, wide_dtype
 from dilated_attention_nb.block_attention import (
     _blocks,
     _cleared,
@@ -36,7 +37,6 @@ from dilated_attention_nb.config import (
     check_qkv,
     complaint,
 )
-from .partial import attend_forward, cast_like_autocast, resolve_backend, wide_dtype
 
 # %% ../nbs/08_block_sparse.ipynb #2f31b802
 def pooled(

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from .backends import cast_like_autocast
 from dilated_attention_nb.config import (
     check_config,
     check_flag,
@@ -26,7 +27,6 @@ from dilated_attention_nb.config import (
 from .kv_cache import DilatedKVCache, KVCache
 from .longnet import LongNet, LongNetConfig, check_tokens, evaluating
 from .multihead import refuse_names
-from .partial import cast_like_autocast
 
 # %% ../nbs/18_decoding.ipynb #5f7dc2f9
 class LongNetCache:

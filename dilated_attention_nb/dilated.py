@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import dropout
 
+from .backends import attend, cast_like_autocast, finite_gradients, finite_padding
 from dilated_attention_nb.config import (
     BACKENDS,
     ConfiguredModule,
@@ -31,7 +32,7 @@ from dilated_attention_nb.config import (
     row_shifts,
 )
 from .masking import Grid, Piece, Tile, clipped, fill_segments, tiles
-from .partial import attend, cast_like_autocast, finite_gradients, finite_padding, merge
+from .partial import merge
 
 # %% ../nbs/06_dilated.ipynb #e3182603
 def gather(

@@ -18,6 +18,20 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.nn.functional import dropout, pad
 
+from dilated_attention_nb.backends import (
+    absent,
+    attend_backward,
+    attend_forward,
+    cast_like_autocast,
+    count_operations,
+    finite_padding,
+    folded,
+    in_forward_mode,
+    product_operations,
+    resolve_backend,
+    tf32,
+    wide_dtype,
+)
 from dilated_attention_nb.config import (
     LAYER_BACKENDS,
     MIXINGS,
@@ -43,22 +57,7 @@ from dilated_attention_nb.config import (
     row_shifts,
 )
 from .masking import Grid, Piece, Tile, attention_counts, clipped, fill_segments, tiles
-from dilated_attention_nb.partial import (
-    absent,
-    attend_backward,
-    attend_forward,
-    cast_like_autocast,
-    count_operations,
-    finite_padding,
-    folded,
-    in_forward_mode,
-    merge_,
-    merge_lse_,
-    product_operations,
-    resolve_backend,
-    tf32,
-    wide_dtype,
-)
+from .partial import merge_, merge_lse_
 
 # %% ../nbs/07_improved.ipynb #794ac4b6
 class Workspace:

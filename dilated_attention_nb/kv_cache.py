@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from .backends import attend, attend_forward, cast_like_autocast, resolve_backend
 from dilated_attention_nb.config import (
     BACKENDS,
     DilatedAttentionConfig,
@@ -37,7 +38,7 @@ from dilated_attention_nb.config import (
 from .improved import dilated_attention
 from .masking import branch_heads, grid_pairs
 from .memory_pool import check_memory
-from .partial import attend, attend_forward, cast_like_autocast, merge_, resolve_backend
+from .partial import merge_
 
 # %% ../nbs/17_kv_cache.ipynb #368d8848
 class _Cache:

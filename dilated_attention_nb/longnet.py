@@ -22,6 +22,7 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .backends import count_operations
 from dilated_attention_nb.config import (
     BACKENDS,
     LARGEST,
@@ -60,7 +61,6 @@ from dilated_attention_nb.multihead import (
     resolve_kind,
     takes_documents,
 )
-from .partial import count_operations
 
 # %% ../nbs/16_longnet.ipynb #5c75ec12
 POSITIONS = ("xpos", "rope", "none")

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import dropout
 
+from .backends import cast_like_autocast, resolve_backend
 from dilated_attention_nb.config import (
     Config,
     ConfiguredModule,
@@ -25,7 +26,6 @@ from dilated_attention_nb.config import (
     complaint,
 )
 from .memory_pool import UnifiedMemoryPool
-from .partial import cast_like_autocast, resolve_backend
 from .ring_moves import Buffers, Call, Event, Plan, Traffic, count_traffic
 from .ring_schedule import Attention, Runner, Schedule, Steps, Together
 from .sharding import GroupRef, Ring, Vote, default_group, gather_sequence, shard_sequence, stamp

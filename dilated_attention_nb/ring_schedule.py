@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backends import finite_padding, tf32
 from .memory_pool import UnifiedMemoryPool
-from .partial import finite_padding, tf32
 from .ring_moves import Buffers, Event, Move
 from .sharding import Exchange, Message
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .partial import attend_backward, attend_forward, merge_
+from .backends import attend_backward, attend_forward
+from .partial import merge_
 from .ring_plan import Block, Group, Strip, StripPlan, Task, groups
 
 # %% ../nbs/08g_ring_tiles.ipynb #184f6198

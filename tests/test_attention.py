@@ -20,12 +20,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import forward_ad as fwAD
 
-from dilated_attention_nb import improved, masking, partial
+from dilated_attention_nb import backends, improved, masking, partial
+from dilated_attention_nb.backends import attend, available_backends
 from dilated_attention_nb.config import DilatedAttentionConfig
 from dilated_attention_nb.dilated import DilatedAttention
 from dilated_attention_nb.improved import ImprovedDilatedAttention, dilated_attention
 from dilated_attention_nb.masking import Grid, tiles
-from dilated_attention_nb.partial import attend, available_backends, merge
+from dilated_attention_nb.partial import merge
 from dilated_attention_nb.testing import (
     AttentionCase,
     assert_batch_independent,
@@ -425,7 +426,7 @@ def test_backends_say_why_not():
 
 
 def test_auto_tells_what_it_chose(caplog):
-    partial._chosen.cache_clear()
+    backends._chosen.cache_clear()
     caplog.set_level("INFO", logger="dilated_attention_nb")
     for _ in range(3):
         attend(*make_qkv())
@@ -485,7 +486,7 @@ def test_tf32_is_set_within_and_put_back():
         for allowed in (False, True):
             matmul.fp32_precision = before
             inside = matmul.fp32_precision
-            with pytest.raises(KeyError), partial.tf32(allowed, fake):
+            with pytest.raises(KeyError), backends.tf32(allowed, fake):
                 assert matmul.fp32_precision == ("tf32" if allowed else "ieee")
                 raise KeyError
             assert matmul.fp32_precision == inside
@@ -518,13 +519,13 @@ def test_every_option_reaches_the_operator(monkeypatch):
 @pytest.mark.parametrize("path", ["readable-math", "improved-math", "readable", "improved"])
 def test_the_backend_that_was_named_computes(path, monkeypatch):
     calls = []
-    for name, kernel in list(partial.KERNELS.items()):
+    for name, kernel in list(backends.KERNELS.items()):
 
         def spied(*args, name=name, kernel=kernel):
             calls.append(name)
             return kernel.forward(*args)
 
-        monkeypatch.setitem(partial.KERNELS, name, dataclasses.replace(kernel, forward=spied))
+        monkeypatch.setitem(backends.KERNELS, name, dataclasses.replace(kernel, forward=spied))
     PATHS[path](*make_qkv(1, 16, 4, 8), segment_lengths=(8,), dilation_rates=(1,))
     assert set(calls) == {"math" if "math" in path else "flash"}
 
@@ -568,7 +569,7 @@ def test_the_papers_heads_all_attend(path):
 
 
 def test_caches_are_bounded():
-    for cache in (masking.tiles, partial._chosen):
+    for cache in (masking.tiles, backends._chosen):
         assert 0 < cache.cache_parameters()["maxsize"] <= 1024
 
 
@@ -642,15 +643,15 @@ def test_large_gradients_through_lse_in_half_precision(dtype):
 
 def test_a_head_dim_that_leaves_no_room_for_lse_is_refused(monkeypatch):
     q, k, v = make_qkv(1, 8, 1, 8, requires_grad=True)
-    kernel = partial.KERNELS["flash"]
+    kernel = backends.KERNELS["flash"]
     narrow = dataclasses.replace(kernel, obstacle=lambda device, dtype, d, masked: "too wide" if d > 8 else None)
-    monkeypatch.setitem(partial.KERNELS, "flash", narrow)
-    partial._chosen.cache_clear()
+    monkeypatch.setitem(backends.KERNELS, "flash", narrow)
+    backends._chosen.cache_clear()
     out, lse = attend(q, k, v, backend="flash")
     assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True))
     with pytest.raises(ValueError, match="too wide"):
         torch.autograd.grad(lse.sum(), q)
-    partial._chosen.cache_clear()
+    backends._chosen.cache_clear()
 
 
 @pytest.mark.parametrize("path", ["readable", "improved"])
@@ -909,7 +910,7 @@ def test_readable_backend_is_checked():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", list(partial.KERNELS))
+@pytest.mark.parametrize("name", list(backends.KERNELS))
 def test_every_kernel_that_can_be_had_is_within_the_budget(name, dtype):
     "On a GPU if there is one: forward and backward, causal and padded, against the oracle."
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -918,7 +919,7 @@ def test_every_kernel_that_can_be_had_is_within_the_budget(name, dtype):
     q, k, v = make_qkv(2, 48, 4, 64, kv_heads=2, dtype=dtype, device=device)
     mask = torch.zeros(2, 48, dtype=torch.bool, device=device)
     mask[1, 40:] = True
-    paddings = [x for x in (None, mask) if not partial.KERNELS[name].obstacle(device, dtype, 64, x is not None)]
+    paddings = [x for x in (None, mask) if not backends.KERNELS[name].obstacle(device, dtype, 64, x is not None)]
     if not paddings:
         pytest.skip(f"{name} has no {dtype}")
     for padding in paddings:

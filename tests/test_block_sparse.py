@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from dilated_attention_nb import block_attention, block_patterns, block_plan, block_sparse, partial, testing
+from dilated_attention_nb import backends, block_attention, block_patterns, block_plan, block_sparse, testing
+from dilated_attention_nb.backends import attend
 from dilated_attention_nb.block_patterns import BlockPattern, PatternCache, block_pattern
 from dilated_attention_nb.block_sparse import (
     BlockScorer,
@@ -33,7 +34,6 @@ from dilated_attention_nb.block_sparse import (
 from dilated_attention_nb.block_sparse_ring import BlockSparseRingDilatedAttention
 from dilated_attention_nb.config import SPARSE_PATTERNS, BlockSparseRingConfig, SparseAttentionConfig
 from dilated_attention_nb.multihead import create_dilated_attention, create_multihead_dilated_attention
-from dilated_attention_nb.partial import attend
 from dilated_attention_nb.testing import (
     assert_batch_independent,
     assert_causal,
@@ -476,7 +476,7 @@ def test_a_row_of_blocks_may_be_one_masked_call_or_two(is_causal, monkeypatch):
     x = make_qkv(2, 203, 4, 8, dtype=torch.float64, requires_grad=True)
     found = []
     for limit in (2**17, 0):
-        for module in (partial, block_attention):
+        for module in (backends, block_attention):
             monkeypatch.setattr(module, "_ONE_CALL", limit)
         out = block_sparse_attention(*x, made, is_causal=is_causal)
         found.append((out, *torch.autograd.grad(out.square().sum(), x)))

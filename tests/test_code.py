@@ -160,7 +160,7 @@ def test_one_place_that_computes_attention():
     beside = JUDGES | OTHER_SYSTEMS | FUSED
     for found, known in ((calls(SOFTMAX), SOFTMAXES), (calls(EXP), EXPONENTIALS), (kernel_calls(), KERNELS)):
         unexplained = strange(found, known, *beside)
-        assert not unexplained, f"a second attention? {unexplained}; use partial, or say in this test what it is"
+        assert not unexplained, f"a second attention? {unexplained}; use backends, or say in this test what it is"
     assert not strange(names_used("flex_attention"), NAMED, *beside), "FlexAttention outside of what names it"
     for way in ("forward", "backward"):  # which kernel, is asked in one function
         chosen = {
@@ -169,9 +169,9 @@ def test_one_place_that_computes_attention():
             for where, node in scopes(tree)
             if isinstance(node, ast.Attribute) and node.attr == way and ast.unparse(node.value) == "KERNELS[backend]"
         }
-        assert chosen == {f"partial.attend_{way}"}
+        assert chosen == {f"backends.attend_{way}"}
         for kernel in [f"{name}_{way}" for name in ("flash", "efficient", "cudnn", "flash_attn", "math")]:
-            assert names_used(kernel) == {"partial."}, f"{kernel} is called past the table of kernels"
+            assert names_used(kernel) == {"backends."}, f"{kernel} is called past the table of kernels"
 
 
 def test_the_fused_kernel_is_the_one_exception():
@@ -567,7 +567,7 @@ def test_signatures_agree():
 
 
 def test_tensors_have_one_layout():
-    "`[b, n, h, d]` in every signature with q, k and v; `[b, h, n, d]` only where kernels are called, in `partial`."
+    "`[b, n, h, d]` in every signature with q, k and v; `[b, h, n, d]` only where kernels are called, in `partial` and `backends`."
     for module, tree in TREES.items():
         for where, node in scopes(tree):
             if isinstance(node, ast.FunctionDef):
@@ -576,7 +576,7 @@ def test_tensors_have_one_layout():
                     shape = re.search(r"'([\w* ]+)'", shapes[name])
                     if shape and len(parts := shape[1].split()) == 4:
                         heads_last = parts[2][0] == "h" and parts[3] == "d"
-                        assert heads_last or module in {"partial"} | OTHER_SYSTEMS, (
+                        assert heads_last or module in {"partial", "backends"} | OTHER_SYSTEMS, (
                             f"{module}.{where}: {name} is [{shape[1]}]"
                         )
 
@@ -650,7 +650,7 @@ def test_nothing_needs_flash_attn():
         for n in ast.walk(tree)
         if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("flash_attn")
     ]
-    assert set(importing) - OTHER_SYSTEMS == {"partial"}
+    assert set(importing) - OTHER_SYSTEMS == {"backends"}
 
 
 OPTIONAL = ["flash_attn", "xformers", "apex", "deepspeed", "torchscale", "fairscale", "transformers", "triton", "timm"]

@@ -9,10 +9,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, jacrev, vjp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
+from dilated_attention_nb.backends import attend
 from dilated_attention_nb.config import DilatedAttentionConfig
 from dilated_attention_nb.dilated import DilatedAttention
 from dilated_attention_nb.improved import ImprovedDilatedAttention, Packing, dilated_attention
-from dilated_attention_nb.partial import attend
 from dilated_attention_nb.testing import make_qkv
 
 BRANCHES = dict(segment_lengths=(4, 8), dilation_rates=(1, 2), mixing="softmax", ragged="mask")

@@ -12,14 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dilated_attention_nb import partial
+from dilated_attention_nb import backends
+from dilated_attention_nb.backends import attend, available_backends, resolve_backend
 from dilated_attention_nb.config import BACKENDS, DilatedAttentionConfig, MultiheadConfig
 from dilated_attention_nb.dilated import DilatedAttention
 from dilated_attention_nb.improved import ImprovedDilatedAttention, dilated_attention, forward_op
 from dilated_attention_nb.longnet import LongNet, LongNetConfig
 from dilated_attention_nb.masking import attention_counts
 from dilated_attention_nb.multihead import MultiheadDilatedAttention
-from dilated_attention_nb.partial import attend, available_backends, resolve_backend
 from dilated_attention_nb.testing import (
     AttentionCase,
     assert_batch_independent,
@@ -285,7 +285,7 @@ def test_autocast():
 
 def test_auto_never_chooses_it():
     "As long as nobody has measured it."
-    assert "triton" not in partial.KERNELS and "triton" not in BACKENDS
+    assert "triton" not in backends.KERNELS and "triton" not in BACKENDS
     for dtype in (torch.float32, brain, half, torch.float64):
         assert resolve_backend("auto", torch.empty(1, 1, 1, 8, dtype=dtype), whole=True) != "triton"
 
@@ -319,10 +319,10 @@ def test_a_model_can_have_it():
 def test_a_model_without_cuda_says_what_it_needs(monkeypatch):
     model = model_with_it()
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    partial._chosen.cache_clear()
+    backends._chosen.cache_clear()
     with pytest.raises(ValueError, match="got 'triton': the Triton kernels need CUDA"):
         model(torch.arange(16)[None])
-    partial._chosen.cache_clear()
+    backends._chosen.cache_clear()
 
 
 def test_parts_refuse_it():
@@ -360,7 +360,7 @@ def test_module_checks_its_backend():
 
 
 def test_says_that_it_is_not_installed(monkeypatch):
-    monkeypatch.setattr(partial, "find_spec", lambda name: None)
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
     assert "pip install 'dilated-attention-nb[triton]'" in available_backends(DEVICE)["triton"]
     assert "runs on CUDA" in available_backends("mps")["efficient"]
 
@@ -403,12 +403,12 @@ def test_no_branch_is_visited_that_no_row_can_be_on():
 def test_says_why_not_without_the_interpreter(monkeypatch):
     assert available_backends("cpu", brain)["triton"] is None
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    partial._chosen.cache_clear()
+    backends._chosen.cache_clear()
     reason = available_backends("cpu", brain)["triton"]
     assert reason.startswith("the Triton kernels need CUDA; set TRITON_INTERPRET=1 before Python")
     with pytest.raises(ValueError, match="backend must be available here, got 'triton': the Triton kernels need CUDA"):
         fused(*make_qkv(1, 8), (8,), (1,))
-    partial._chosen.cache_clear()
+    backends._chosen.cache_clear()
     assert "runs on CUDA, the tensors are on mps" in available_backends("mps", brain)["triton"]
 
 
@@ -427,7 +427,7 @@ def test_the_variable_set_too_late_is_noticed():
     code = """
 import os, triton
 os.environ["TRITON_INTERPRET"] = "1"
-from dilated_attention_nb.partial import available_backends
+from dilated_attention_nb.backends import available_backends
 print(available_backends("cpu")["triton"])
 """
     assert "before Python starts" in script(code)
