@@ -567,7 +567,7 @@ def test_signatures_agree():
 
 
 def test_tensors_have_one_layout():
-    "`[b, n, h, d]` in every signature with q, k and v; `[b, h, n, d]` only where kernels are called, in `partial` and `backends`."
+    "`[b, n, h, d]` in every signature with q, k and v; `[b, h, n, d]` only where kernels are called."
     for module, tree in TREES.items():
         for where, node in scopes(tree):
             if isinstance(node, ast.FunctionDef):
