@@ -7,6 +7,7 @@ hold every pair of values. `make test-slow`, and pytest without `-m`, draw all e
 import itertools
 import math
 import os
+import signal
 import sys
 from contextlib import contextmanager
 
@@ -27,6 +28,15 @@ import torch
 # Triton decides when it is imported (which torch does when it compiles): without a GPU its kernels are interpreted.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Signals that a parent lets its children ignore (nohup, `make test &` in a script) are what tests of signals are about.
+for name, handler in {
+    "SIGHUP": signal.SIG_DFL,
+    "SIGINT": signal.default_int_handler,
+    "SIGTERM": signal.SIG_DFL,
+}.items():
+    if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is signal.SIG_IGN:
+        signal.signal(getattr(signal, name), handler)
 
 # The same examples in every run; no deadline, as a busy machine is no fault. HYPOTHESIS_PROFILE=explore looks further.
 for name, count in {"quick": 20, "repeatable": 100, "explore": 1000}.items():
