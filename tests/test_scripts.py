@@ -87,7 +87,7 @@ def test_a_wrong_import_is_found(tmp_path, line, complaint):
     layer(tmp_path, 5, "partial", "Z = 1")
     layer(tmp_path, 4, "masking", line)
     [found] = load("check_imports").check(tmp_path)
-    assert "02_masking" in found and complaint in found
+    assert "04_masking" in found and complaint in found
 
 
 def test_tools_stand_last_and_are_imported_where_they_are_used(tmp_path):
@@ -158,7 +158,7 @@ def test_a_notebook_that_would_be_lost_is_found(tmp_path, cells, complaint):
 def project(tmp_path: Path) -> Path:
     "A project of one notebook, exported."
     root = tmp_path / "project"
-    layer(root, 0, "config", "X = 1")
+    layer(root, 1, "config", "X = 1")
     (root / "scripts").mkdir()
     for name in ("root.py", "readme.py"):
         (root / "scripts" / name).write_text((ROOT / "scripts" / name).read_text())
