@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import dilated_attention_nb
 from dilated_attention_nb.config import DilatedAttentionConfig
 from dilated_attention_nb.gigapath import (
     GigaPathConfig,
