@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'MIXINGS', 'OFFSETS', 'RAGGED', 'BACKENDS', 'LAYER_BACKENDS', 'RING_STRATEGIES', 'RING_LAYOUTS',
-           'SPARSE_PATTERNS', 'DISTRIBUTED_BACKENDS', 'DATA_ENGINES', 'PIPELINE_SCHEDULES', 'EVICTION_POLICIES',
-           'MOST_BRANCHES', 'FLOAT_DTYPES', 'WIDEST', 'complaint', 'shown', 'check_int', 'check_number',
-           'check_positive', 'check_ratio', 'check_block_size', 'check_dropout', 'check_scale', 'check_flag', 'nearest',
-           'check_choice', 'check_ints', 'check_branches', 'check_heads', 'valid_lengths', 'check_length', 'row_shifts',
-           'check_unshifted', 'check_floats', 'check_alike', 'check_padding', 'check_qkv', 'check_device',
-           'check_dtype', 'check_home', 'check_placement', 'parse_json', 'Config', 'check_config',
+           'SPARSE_PATTERNS', 'BRANCHED_PATTERNS', 'DISTRIBUTED_BACKENDS', 'DATA_ENGINES', 'PIPELINE_SCHEDULES',
+           'EVICTION_POLICIES', 'MOST_BRANCHES', 'FLOAT_DTYPES', 'WIDEST', 'complaint', 'shown', 'check_int',
+           'check_number', 'check_positive', 'check_ratio', 'check_block_size', 'check_dropout', 'check_scale',
+           'check_flag', 'nearest', 'check_choice', 'check_ints', 'check_branches', 'check_heads', 'valid_lengths',
+           'check_length', 'row_shifts', 'check_unshifted', 'check_floats', 'check_alike', 'check_padding', 'check_qkv',
+           'check_device', 'check_dtype', 'check_home', 'check_placement', 'parse_json', 'Config', 'check_config',
            'DilatedAttentionConfig', 'ConfiguredModule', 'check_head_dim', 'check_kv_heads', 'MultiheadConfig',
            'RingAttentionConfig', 'SparseAttentionConfig', 'BlockSparseRingConfig', 'DistributedConfig',
            'MemoryPoolConfig']
@@ -139,6 +139,7 @@ SPARSE_PATTERNS = (  # which blocks block-sparse attention keeps; all but "adapt
     "hierarchical",  # worst or second worst at all densities on a trained model (notebook `block_sparse`)
     "adaptive",
 )
+BRANCHED_PATTERNS = ("dilated_sparse", "hierarchical")  # those made of branches
 DISTRIBUTED_BACKENDS = ("nccl", "gloo", "mpi", "ucc", "cpu:gloo,cuda:nccl")
 DATA_ENGINES = ("ddp", "fsdp")  # every rank keeps all parameters, or a share of them
 PIPELINE_SCHEDULES = ("1f1b", "gpipe")  # backward as soon as possible, or after all forward passes
@@ -170,7 +171,8 @@ def hint(word: str, known: Sequence[str]) -> str:
     return f"known are {', '.join(known)}" if near is None else f"did you mean {near!r}?"
 
 # %% ../nbs/00_config.ipynb #5d26dd98
-_P, _R = ParamSpec("_P"), TypeVar("_R")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 OLD_NAMES = {"sparsity_ratio": "density"}  # arguments that were called something else before
 
 
@@ -713,7 +715,7 @@ class SparseAttentionConfig(DilatedAttentionConfig):
     @property
     def has_branches(self) -> bool:
         "Whether the pattern is made of branches."
-        return self.pattern_type in ("dilated_sparse", "hierarchical")
+        return self.pattern_type in BRANCHED_PATTERNS
 
     def _check_branches(self) -> None:
         "Needed by the patterns that are made of them; a rate above 1 that changes nothing is warned of."
