@@ -9,7 +9,7 @@ __all__ = ['POSITIONS', 'DEEPEST', 'BRANCHES', 'LARGEST_EXPONENT', 'LongNetConfi
 
 # %% ../nbs/12_longnet.ipynb #9f16e6b4
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -69,6 +69,34 @@ from dilated_attention_nb.multihead import (
 )
 from .partial import count_operations
 
+# %% ../nbs/12_longnet.ipynb #5c75ec11
+_ELSEWHERE = {  # fields of a kind's config that aren't among a model's options, and what to do
+    **dict.fromkeys(
+        ("segment_lengths", "dilation_rates", "mixing", "offsets", "ragged"), "it is the model's own field"
+    ),
+    "dropout": "it is the model's attention_dropout",
+    "device": "move the model",
+    "dtype": "convert the model",
+    "head_dim": "embed_dim / num_heads says it",
+    "ring_size": "the group of a LongNetShare says it",
+    "layout": "say it where the sequence is cut: LongNetShare(model, group, layout)",
+}
+
+
+def kind_options(kind: str, options: Any) -> tuple[tuple[str, Any], ...]:
+    "Options by name, sorted. Raises `ValueError` or `TypeError` unless they are further fields of the kind's config."
+    try:
+        named = dict(options)
+    except (TypeError, ValueError):
+        rule = "be a dict of fields of the attention's config"
+        raise TypeError(complaint("attention_options", rule, shown(options), "as {'density': 0.1}")) from None
+    known = tuple(f.name for f in fields(CONFIGS[kind]) if f.name not in _ELSEWHERE)
+    for name in (named := by_new_names(named)):
+        if name not in known:
+            advice = _ELSEWHERE.get(name) or hint(str(name), known)
+            raise ValueError(complaint("attention_options", f"have fields of {kind!r} alone", repr(name), advice))
+    return tuple(sorted(named.items()))
+
 # %% ../nbs/12_longnet.ipynb #5c75ec12
 POSITIONS = ("xpos", "rope", "none")
 DEEPEST = 10_000  # layers
@@ -76,14 +104,6 @@ BRANCHES = (2048, 4096, 8192, 16384), (1, 2, 4, 6)  # segment lengths and dilati
 _BACKENDS = {"auto": LAYER_BACKENDS, "improved": LAYER_BACKENDS, "standard": BACKENDS}  # of each kind; others: "auto"
 LARGEST_EXPONENT = 44.0  # of xPos: e^44 times e^44 is still a float32 and a bfloat16
 _MAYBE_NONE = frozenset(("vocab_size", "ffn_dim", "xpos_scale_base", "gamma_init"))
-_ELSEWHERE = {  # fields of a kind's config that aren't options of a model, and what to do
-    "ring_size": "the group says it: LongNetShare(model, group)",
-    "layout": "say it where the sequence is cut: LongNetShare(model, group, layout)",
-    "head_dim": "embed_dim / num_heads says it",
-    "device": "move the model",
-    "dtype": "convert the model",
-    "dropout": "it is the model's attention_dropout",
-}
 
 
 @dataclass(frozen=True)
@@ -117,8 +137,9 @@ class LongNetConfig(Config):
     max_head_dim: int = 128  # widest head
     normalize_output: bool = field(default=True, metadata={"since": "0.2"})  # a LayerNorm after the last layer
     backend: str = field(default="auto", metadata={"since": "0.2"})  # "math", attention "standard": second derivatives
-    attention_options: tuple[tuple[str, Any], ...] = field(default=(), metadata={"since": "0.2"})  # a dict: more fields
-    # of the kind's config, as {"density": 0.1}; kept as pairs
+    attention_options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = field(
+        default=(), metadata={"since": "0.2"}
+    )  # more fields of the kind's config, as {"density": 0.1}; kept as pairs
 
     def __post_init__(self) -> None:
         def check(by: Callable[[str, Any], Any], *names: str) -> None:
@@ -127,7 +148,7 @@ class LongNetConfig(Config):
                     self._store(**{name: by(name, getattr(self, name))})
 
         check_choice("attention", self.attention, KINDS)
-        self._store(attention_options=tuple(sorted(self._own_options().items())))
+        self._store(attention_options=kind_options(self.attention, self.attention_options))
         self._fill_in()
         check(partial(check_int, high=DEEPEST), "num_layers")
         check(partial(check_int, high=2**31), "vocab_size")
@@ -141,7 +162,7 @@ class LongNetConfig(Config):
         for part in (self.multihead_config, self.attention_config):  # which check what they are given
             self._store(**{name: getattr(part, name) for name in shared if hasattr(part, name)})
         attention = self.attention_config
-        self._store(attention_options=tuple((name, getattr(attention, name)) for name, _ in self.attention_options))
+        self._store(attention_options=tuple((name, getattr(attention, name)) for name in dict(self.attention_options)))
         check_heads(self.num_heads, len(self.segment_lengths), self.mixing)
         if self.position == "xpos" and self.in_blocks:
             advice = "blocks reach beyond segments, where xPos begins anew"
@@ -152,22 +173,6 @@ class LongNetConfig(Config):
         if self.position == "xpos" and self.scale_base < self._safe_base:
             rule = f"be at least {math.ceil(self._safe_base)} for segments that repeat every {self.window} tokens"
             raise ValueError(complaint("xpos_scale_base", rule, self.scale_base, "less overflows; None picks it"))
-
-    def _own_options(self) -> dict[str, Any]:
-        "`attention_options` by name. Raises `ValueError` or `TypeError` for what isn't a field of the kind's config."
-        try:
-            options = dict(self.attention_options)
-        except (TypeError, ValueError):
-            rule, got = "be a dict of fields of the attention's config", shown(self.attention_options)
-            raise TypeError(complaint("attention_options", rule, got, "as {'density': 0.1}")) from None
-        others = {f.name for f in fields(self)} | set(_ELSEWHERE)
-        known = tuple(f.name for f in fields(CONFIGS[self.attention]) if f.name not in others)
-        for name in (options := by_new_names(options)):
-            if name not in known:
-                advice = "it is a field of LongNetConfig itself" if name in others else hint(str(name), known)
-                rule = f"have fields of {self.attention!r} alone"
-                raise ValueError(complaint("attention_options", rule, repr(name), _ELSEWHERE.get(name, advice)))
-        return options
 
     def _fill_in(self) -> None:
         "What None stands for."
