@@ -82,7 +82,7 @@ def speed(n: int, heads: int, repeats: dict[tuple[torch.dtype, str], int]) -> di
             leaves = [torch.randn(1, n, heads, D).to(dtype).requires_grad_() for _ in range(3)]
             plain, dout = [x.detach() for x in leaves], torch.randn(1, n, heads, D).to(dtype)
             patterns = {
-                (name, rho): block_pattern(name, n, sparsity_ratio=rho, is_causal=causal, num_heads=heads)
+                (name, rho): block_pattern(name, n, density=rho, is_causal=causal, num_heads=heads)
                 for rho in (0.1, 0.25)
                 for name in (*STRUCTURED, "random")
             }
@@ -145,7 +145,7 @@ def density() -> dict[str, Any]:
     runs: dict[Any, Callable[[], Any]] = {"dense": lambda: dense_attention(x, False)}
     for name in ("local_window", "strided", "random"):
         for rho in (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2):
-            pattern = block_pattern(name, n, sparsity_ratio=rho, num_heads=H)
+            pattern = block_pattern(name, n, density=rho, num_heads=H)
             runs[name, rho] = lambda p=pattern: block_sparse_attention(*x, p)  # type: ignore[misc]
     seconds = alternate(runs, 3)
     for key, value in seconds.items():
@@ -172,7 +172,7 @@ def flex() -> dict[str, Any]:
         x = [torch.randn(1, n, H, D).to(dtype) for _ in range(3)]
         for name in ("local_window", "random"):
             for causal in (False, True):
-                pattern = block_pattern(name, n, sparsity_ratio=0.25, is_causal=causal, num_heads=H)
+                pattern = block_pattern(name, n, density=0.25, is_causal=causal, num_heads=H)
                 runs: dict[Any, Callable[[], Any]] = {
                     backend: lambda b=backend, p=pattern, c=causal, x=x: block_sparse_attention(
                         *x, p, is_causal=c, backend=b
@@ -200,7 +200,7 @@ def make_one(name: str, rho: float, causal: bool, seconds: str) -> None:
         torch.set_num_threads(1)
     clock = time.thread_time if "thread_time" in seconds else time.perf_counter
     begin = clock()
-    block_pattern(name, 2**20, sparsity_ratio=rho, is_causal=causal)
+    block_pattern(name, 2**20, density=rho, is_causal=causal)
     Path(seconds).write_text(str(clock() - begin))
 
 
@@ -234,9 +234,7 @@ def one_pass(n: int, dense: bool) -> None:
     x = [torch.randn(1, n, 2, D).requires_grad_() for _ in range(3)]
     out = dense_attention(x, True) if dense else None
     if out is None:
-        out = block_sparse_attention(
-            *x, block_pattern("random", n, sparsity_ratio=2048 / n, is_causal=True), is_causal=True
-        )
+        out = block_sparse_attention(*x, block_pattern("random", n, density=2048 / n, is_causal=True), is_causal=True)
     out.sum().backward()
 
 
@@ -317,7 +315,7 @@ def error() -> dict[str, Any]:
                     pattern = BlockPattern(*own[i].choose(*own[i](q, k), True), size, (n, n))
                 elif name == "best possible":
                     counts = block_pattern(
-                        "local_window", n, block_size=size, sparsity_ratio=rho, is_causal=True
+                        "local_window", n, block_size=size, density=rho, is_causal=True
                     ).kv_num_blocks
                     order = (shares[i] + torch.eye(n // size)).argsort(3, descending=True).argsort(3)
                     pattern = BlockPattern.from_dense(order < counts[..., None], size, (n, n))
@@ -326,7 +324,7 @@ def error() -> dict[str, Any]:
                         {"segment_lengths": (n,) * 3, "dilation_rates": (1, 2, 4)} if name == "hierarchical" else {}
                     )
                     pattern = block_pattern(
-                        name, n, block_size=size, sparsity_ratio=rho, is_causal=True, num_heads=q.shape[2], **options
+                        name, n, block_size=size, density=rho, is_causal=True, num_heads=q.shape[2], **options
                     )
                 out = block_sparse_attention(q, k, v, pattern, is_causal=True)
                 errors.append(float((out - dense[i]).norm() / dense[i].norm()))

@@ -269,7 +269,7 @@ def demos() -> dict[str, tuple[dict[str, Any], Callable[[], torch.nn.Module] | N
     def blocks() -> torch.nn.Module:
         return BlockSparseAttention(
             SparseAttentionConfig(
-                (CONTEXT,), (1,), pattern_type="global_local", sparsity_ratio=0.1, block_size=128, ragged="mask"
+                (CONTEXT,), (1,), pattern_type="global_local", density=0.1, block_size=128, ragged="mask"
             )
         )
 

@@ -230,9 +230,7 @@ def method(name: str, n: int, num_heads: int, is_causal: bool) -> Callable[[Tens
     options: dict[str, Any] = {"mixing": "softmax", "ragged": "mask"}
     if name in ("flex", "block-sparse", WINDOW):
         density = min(1.0, 4096 / n) if name == WINDOW else DENSITY
-        window = block_pattern(
-            "local_window", n, block_size=BLOCK, sparsity_ratio=density, is_causal=is_causal, num_heads=1
-        )
+        window = block_pattern("local_window", n, block_size=BLOCK, density=density, is_causal=is_causal, num_heads=1)
     if name == "dense":
         return lambda q, k, v: _heads_first(scaled_dot_product_attention, q, k, v, is_causal=is_causal)
     if name == "flex":

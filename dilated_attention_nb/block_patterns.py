@@ -22,6 +22,8 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from dilated_attention_nb.config import (
     SPARSE_PATTERNS,
+    also_by_old_names,
+    by_new_names,
     check_block_size,
     check_branches,
     check_choice,
@@ -329,23 +331,27 @@ def _random(n: int, ratio: float, is_causal: bool, seed: int) -> Tensor:
     return _filled(kept, index)
 
 # %% ../nbs/07b_block_patterns.ipynb #f6d5e508
+@also_by_old_names
 def block_pattern(
     pattern_type: str,  # one of SPARSE_PATTERNS but "adaptive", which depends on the data
     n: int,  # length in tokens, any
     *,
     block_size: int = 128,
-    sparsity_ratio: float = 0.25,  # share of the blocks kept, of each row within one block
+    density: float = 0.25,  # share of the blocks kept, of each row within one block; also called sparsity_ratio
     is_causal: bool = False,  # of the blocks at or below the diagonal
     num_heads: int = 1,  # heads that get blocks of their own, where the pattern differs by head
     segment_lengths: Sequence[int] | None = None,  # in tokens: how far "dilated_sparse" reaches; None is n
-    dilation_rates: Sequence[int] | None = None,  # in blocks: how far apart; None is 1 / sparsity_ratio
+    dilation_rates: Sequence[int] | None = None,  # in blocks: how far apart; None is 1 / density
     seed: int = 0,  # of "random"
 ) -> BlockPattern:
-    "A pattern made from places alone. Raises `ValueError` or `TypeError` for bad values, naming them."
+    """A pattern made from places alone. Raises `ValueError` or `TypeError` for bad values, naming them.
+
+    "hierarchical" was worst or second worst where patterns were compared on a trained model: take another.
+    """
     fixed = tuple(p for p in SPARSE_PATTERNS if p != "adaptive")
     check_choice("pattern_type", pattern_type, fixed)
     check_flag("is_causal", is_causal)
-    ratio, size = check_ratio("sparsity_ratio", sparsity_ratio), check_block_size("block_size", block_size)
+    ratio, size = check_ratio("density", density), check_block_size("block_size", block_size)
     heads, rows = check_int("num_heads", num_heads), -(-check_int("n", n) // size)
     given = (n,) * len(dilation_rates or (1,)) if segment_lengths is None else segment_lengths
     lengths, rates = check_branches(given, dilation_rates or (max(1, round(min(1 / ratio, 2**48))),) * len(given))
@@ -381,7 +387,7 @@ class PatternCache:
 
     def get(self, pattern_type: str, n: int, **options: Any) -> BlockPattern:
         "`block_pattern` of these arguments; raises what it raises, to every thread that waits for it."
-        values = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in options.items()}
+        values = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in by_new_names(options).items()}
         key = (pattern_type, n, *sorted(values.items()))
         with self._lock:
             mine = key not in self._kept

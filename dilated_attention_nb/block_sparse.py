@@ -29,6 +29,7 @@ from .block_patterns import BlockPattern, PatternCache, kept_blocks, width
 from dilated_attention_nb.config import (
     ConfiguredModule,
     SparseAttentionConfig,
+    also_by_old_names,
     check_flag,
     check_floats,
     check_heads,
@@ -62,17 +63,18 @@ class BlockScorer(nn.Module):
     SeerAttention, Gao et al. 2024, arXiv:2410.13276.
     """
 
+    @also_by_old_names
     def __init__(
         self,
         head_dim: int,
         block_size: int,
-        sparsity_ratio: float,
+        density: float,  # share of the blocks that is kept; also called sparsity_ratio
         rank: int = 8,  # width in which blocks are compared
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.block_size, self.sparsity_ratio = block_size, sparsity_ratio
+        self.block_size, self.density = block_size, density
         options: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
         self.q_proj, self.k_proj = (nn.Linear(head_dim, rank, **options) for _ in range(2))
 
@@ -96,8 +98,8 @@ class BlockScorer(nn.Module):
         if is_causal:
             scores = scores.masked_fill(place > own, -inf)
         scores = scores.masked_fill(place == own, inf)
-        kept = kept_blocks(cols, self.sparsity_ratio, is_causal)[1][cols - rows :].to(scores.device)
-        best = pad(scores, (0, 2), value=-inf).topk(width(cols, self.sparsity_ratio), 3).indices
+        kept = kept_blocks(cols, self.density, is_causal)[1][cols - rows :].to(scores.device)
+        best = pad(scores, (0, 2), value=-inf).topk(width(cols, self.density), 3).indices
         best = best.masked_fill(torch.arange(best.shape[3], device=best.device) >= kept[:, None], cols).sort(3).values
         return kept.int().expand(*best.shape[:3]).contiguous(), best.int()
 
@@ -196,7 +198,7 @@ def _recipe(config: SparseAttentionConfig, num_heads: int, is_causal: bool) -> d
     "What `block_pattern` is given, in the order in which `lists_op` takes it."
     branches = (config.segment_lengths, config.dilation_rates) if config.has_branches else (None, None)
     return {
-        "block_size": config.block_size, "sparsity_ratio": config.sparsity_ratio, "is_causal": is_causal,
+        "block_size": config.block_size, "density": config.density, "is_causal": is_causal,
         "num_heads": num_heads, "segment_lengths": branches[0], "dilation_rates": branches[1], "seed": config.seed,
     }  # fmt: skip
 
@@ -206,27 +208,27 @@ _TRACED = PatternCache()  # of the operator, which can't be given one
 
 @torch.library.custom_op("dilated_attention_nb::block_lists", mutates_args=())
 def lists_op(
-    pattern_type: str, n: int, nq: int, block_size: int, sparsity_ratio: float, is_causal: bool, num_heads: int,
+    pattern_type: str, n: int, nq: int, block_size: int, density: float, is_causal: bool, num_heads: int,
     segment_lengths: Sequence[int] | None, dilation_rates: Sequence[int] | None, seed: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     "Numbers and indices of the pattern of the last `nq` of `n` tokens, as wide as the longest row can be."
     pattern = _TRACED.get(
-        pattern_type, n, block_size=block_size, sparsity_ratio=sparsity_ratio, is_causal=is_causal,
+        pattern_type, n, block_size=block_size, density=density, is_causal=is_causal,
         num_heads=num_heads, segment_lengths=segment_lengths, dilation_rates=dilation_rates, seed=seed,
     ).last(nq)  # fmt: skip
     num, index = pattern.kv_num_blocks, pattern.kv_indices
-    return num.contiguous().clone(), pad(index, (0, width(pattern.cols, sparsity_ratio) - index.shape[3]))
+    return num.contiguous().clone(), pad(index, (0, width(pattern.cols, density) - index.shape[3]))
 
 
 @lists_op.register_fake
 def _(
-    pattern_type: str, n: int, nq: int, block_size: int, sparsity_ratio: float, is_causal: bool, num_heads: int,
+    pattern_type: str, n: int, nq: int, block_size: int, density: float, is_causal: bool, num_heads: int,
     segment_lengths: Sequence[int] | None, dilation_rates: Sequence[int] | None, seed: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     branched = pattern_type == "dilated_sparse" and dilation_rates is not None and len(dilation_rates) > 1
     heads, rows = num_heads if branched or pattern_type == "random" else 1, -(-nq // block_size)
     num = torch.empty(1, heads, rows, dtype=torch.int32)
-    return num, num.new_empty(1, heads, rows, width(-(-n // block_size), sparsity_ratio))
+    return num, num.new_empty(1, heads, rows, width(-(-n // block_size), density))
 
 # %% ../nbs/08_block_sparse.ipynb #0b2ebd08
 class BlockSparseAttention(ConfiguredModule):
@@ -244,7 +246,7 @@ class BlockSparseAttention(ConfiguredModule):
         self.config, self.cache = config, PatternCache() if cache is None else cache
         self.scorer: BlockScorer | None = None
         if config.head_dim is not None and config.enable_adaptive:
-            sizes = config.head_dim, config.block_size, config.sparsity_ratio
+            sizes = config.head_dim, config.block_size, config.density
             self.scorer = BlockScorer(*sizes, device=config.device, dtype=config.dtype)
 
     def pattern(self, n: int, num_heads: int, is_causal: bool = False) -> BlockPattern:

@@ -155,7 +155,7 @@ class BlockSparseRingDilatedAttention(RingLayer):
         check_split(n, ring_size, c.layout, block_size=c.block_size if ring_size > 1 else 1)
         check_sizes(c, n, h, d)
         place = Placement(n, ring_size, c.layout)
-        made_from = c.pattern_type, c.sparsity_ratio, c.seed, c.segment_lengths, c.dilation_rates
+        made_from = c.pattern_type, c.density, c.seed, c.segment_lengths, c.dilation_rates
         return SparseTask(place, b, h, kv_heads, d, is_causal, masked, c.strategy, c.block_size, made_from)
 
     def make_plans(self, calls: Sequence[SparseTask], ranks: Sequence[int]) -> list[list[Any]]:

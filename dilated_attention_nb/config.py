@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'MIXINGS', 'OFFSETS', 'RAGGED', 'BACKENDS', 'LAYER_BACKENDS', 'RING_STRATEGIES', 'RING_LAYOUTS',
-           'SPARSE_PATTERNS', 'DISTRIBUTED_BACKENDS', 'DATA_ENGINES', 'PIPELINE_SCHEDULES', 'EVICTION_POLICIES',
-           'MOST_BRANCHES', 'FLOAT_DTYPES', 'WIDEST', 'complaint', 'shown', 'check_int', 'check_number',
-           'check_positive', 'check_ratio', 'check_block_size', 'check_dropout', 'check_scale', 'check_flag', 'nearest',
-           'check_choice', 'check_ints', 'check_branches', 'check_heads', 'valid_lengths', 'check_length', 'row_shifts',
-           'check_unshifted', 'check_floats', 'check_alike', 'check_padding', 'check_qkv', 'check_device',
-           'check_dtype', 'check_home', 'check_placement', 'parse_json', 'Config', 'check_config',
+           'SPARSE_PATTERNS', 'BRANCHED_PATTERNS', 'DISTRIBUTED_BACKENDS', 'DATA_ENGINES', 'PIPELINE_SCHEDULES',
+           'EVICTION_POLICIES', 'MOST_BRANCHES', 'FLOAT_DTYPES', 'WIDEST', 'complaint', 'shown', 'check_int',
+           'check_number', 'check_positive', 'check_ratio', 'check_block_size', 'check_dropout', 'check_scale',
+           'check_flag', 'nearest', 'check_choice', 'check_ints', 'check_branches', 'check_heads', 'valid_lengths',
+           'check_length', 'row_shifts', 'check_unshifted', 'check_floats', 'check_alike', 'check_padding', 'check_qkv',
+           'check_device', 'check_dtype', 'check_home', 'check_placement', 'parse_json', 'Config', 'check_config',
            'DilatedAttentionConfig', 'ConfiguredModule', 'check_head_dim', 'check_kv_heads', 'MultiheadConfig',
            'RingAttentionConfig', 'SparseAttentionConfig', 'BlockSparseRingConfig', 'DistributedConfig',
            'MemoryPoolConfig']
@@ -24,8 +24,9 @@ import reprlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from numbers import Integral, Real
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, ParamSpec, TypeVar, get_type_hints
 from weakref import WeakSet
 
 import torch
@@ -129,9 +130,16 @@ BACKENDS = ("auto", "math", "flash", "efficient", "cudnn", "flash_attn")  # who 
 LAYER_BACKENDS = (*BACKENDS, "triton")  # who computes a whole layer of it
 RING_STRATEGIES = ("auto", "ring", "gather")  # how keys and values travel: from neighbour to neighbour, or all at once
 RING_LAYOUTS = ("contiguous", "zigzag")  # what a rank holds: one chunk of the sequence, or an early and a late one
-SPARSE_PATTERNS = (  # which blocks block-sparse attention keeps
-    "dilated_sparse", "local_window", "global_local", "strided", "random", "hierarchical", "adaptive",
-)  # fmt: skip
+SPARSE_PATTERNS = (  # which blocks block-sparse attention keeps; all but "adaptive" whatever the tokens are
+    "dilated_sparse",
+    "local_window",
+    "global_local",
+    "strided",
+    "random",
+    "hierarchical",  # worst or second worst at all densities on a trained model (notebook `block_sparse`)
+    "adaptive",
+)
+BRANCHED_PATTERNS = ("dilated_sparse", "hierarchical")  # those made of branches
 DISTRIBUTED_BACKENDS = ("nccl", "gloo", "mpi", "ucc", "cpu:gloo,cuda:nccl")
 DATA_ENGINES = ("ddp", "fsdp")  # every rank keeps all parameters, or a share of them
 PIPELINE_SCHEDULES = ("1f1b", "gpipe")  # backward as soon as possible, or after all forward passes
@@ -161,6 +169,31 @@ def hint(word: str, known: Sequence[str]) -> str:
     "What to do about an unknown word: the nearest, if it is near, or else all that are known."
     near = nearest(word, known)
     return f"known are {', '.join(known)}" if near is None else f"did you mean {near!r}?"
+
+# %% ../nbs/01_config.ipynb #5d26dd98
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+OLD_NAMES = {"sparsity_ratio": "density"}  # arguments that were called something else before
+
+
+def by_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    "Arguments under their names of today. A `ValueError` if one is there under both, with different values."
+    named = {name: value for name, value in values.items() if name not in OLD_NAMES}
+    for old, new in OLD_NAMES.items():
+        if old in values and named.setdefault(new, values[old]) is not values[old] and named[new] != values[old]:
+            rule = f"be left out beside {new} {shown(named[new])}, which is its name now"
+            raise ValueError(complaint(old, rule, shown(values[old]), f"pass {new} alone"))
+    return named
+
+
+def also_by_old_names(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    "The function; keyword arguments may have their old names."
+
+    @wraps(function)
+    def called(*args: _P.args, **values: _P.kwargs) -> _R:
+        return function(*args, **by_new_names(values))
+
+    return called
 
 # %% ../nbs/01_config.ipynb #e656fa8d
 MOST_BRANCHES = 1024
@@ -458,7 +491,7 @@ class Config:
         if not isinstance(values, Mapping):
             rule = f"be a dict of the fields of {cls.__name__}"
             raise TypeError(complaint("values", rule, shown(values), "write it with to_dict or to_json"))
-        fields = {f.name: f for f in dataclasses.fields(cls)}
+        fields, values = {f.name: f for f in dataclasses.fields(cls)}, by_new_names(values)
         for name in values:
             if name not in fields:
                 advice = hint(str(name), tuple(fields))
@@ -631,12 +664,13 @@ class SparseAttentionConfig(DilatedAttentionConfig):
 
     "dilated_sparse" and "hierarchical" need branches; the other patterns have none and take them only as what lengths
     must be multiples of. Lengths are multiples of `block_size` where no branch is given, unless `ragged` is "mask".
+    "hierarchical" was worst or second worst where patterns were compared on a trained model.
     """
 
     segment_lengths: tuple[int, ...] = dataclasses.field(default_factory=tuple)  # how far "dilated_sparse" reaches
     dilation_rates: tuple[int, ...] = dataclasses.field(default_factory=tuple)  # in blocks: how far apart
     pattern_type: str = "dilated_sparse"  # which blocks are kept: one of SPARSE_PATTERNS
-    sparsity_ratio: float = 0.25  # share of the blocks that is kept, above 0 and at most 1
+    density: float = 0.25  # share of the blocks that is kept, above 0 and at most 1; also called sparsity_ratio
     block_size: int = 128  # tokens along the side of a block, a multiple of 16
     enable_adaptive: bool = False  # choose blocks by their content: for pattern_type "adaptive", and only for it
     head_dim: int | None = None  # width of a head, which "adaptive" needs for what it learns; None: any
@@ -645,7 +679,7 @@ class SparseAttentionConfig(DilatedAttentionConfig):
     def __post_init__(self) -> None:
         self._check(check_choice, "pattern_type", choices=SPARSE_PATTERNS)
         super().__post_init__()
-        self._check(check_ratio, "sparsity_ratio")
+        self._check(check_ratio, "density")
         self._check(check_block_size, "block_size")
         self._check(check_int, "head_dim", high=WIDEST)
         self._check(check_int, "seed", low=0, high=2**47)
@@ -665,9 +699,23 @@ class SparseAttentionConfig(DilatedAttentionConfig):
             raise ValueError(complaint("seed", f"be 0 for pattern {self.pattern_type!r}", self.seed, "leave it out"))
 
     @property
+    def sparsity_ratio(self) -> float:
+        "What `density` was called before: the share that is *kept*."
+        return self.density
+
+    def to_dict(self) -> dict[str, Any]:
+        "The fields in JSON's types; `density` by its old name, so that version 0.1 reads them too."
+        old_names = {new: old for old, new in OLD_NAMES.items()}
+        return {old_names.get(name, name): value for name, value in super().to_dict().items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        "Of pickles, those of version 0.1 too."
+        vars(self).update(by_new_names(state))
+
+    @property
     def has_branches(self) -> bool:
         "Whether the pattern is made of branches."
-        return self.pattern_type in ("dilated_sparse", "hierarchical")
+        return self.pattern_type in BRANCHED_PATTERNS
 
     def _check_branches(self) -> None:
         "Needed by the patterns that are made of them; a rate above 1 that changes nothing is warned of."
@@ -681,7 +729,10 @@ class SparseAttentionConfig(DilatedAttentionConfig):
         super()._check_branches()
         if not self.has_branches and max(self.dilation_rates) > 1:
             text = f"pattern_type {self.pattern_type!r} has no branches: dilation_rates {self.dilation_rates} change"
-            warnings.warn(f"{text} nothing; leave them out, or take 'dilated_sparse' or 'hierarchical'", stacklevel=5)
+            warnings.warn(f"{text} nothing; leave them out, or take 'dilated_sparse' or 'hierarchical'", stacklevel=6)
+
+
+SparseAttentionConfig.__init__ = also_by_old_names(SparseAttentionConfig.__init__)  # type: ignore[method-assign]
 
 # %% ../nbs/01_config.ipynb #871ed519
 @dataclass(frozen=True)
@@ -702,6 +753,9 @@ class BlockSparseRingConfig(SparseAttentionConfig):
         self._check(check_flag, "use_checkpointing")
         self._check(check_choice, "strategy", choices=RING_STRATEGIES)
         self._check(check_choice, "layout", choices=RING_LAYOUTS)
+
+
+BlockSparseRingConfig.__init__ = also_by_old_names(BlockSparseRingConfig.__init__)  # type: ignore[method-assign]
 
 # %% ../nbs/01_config.ipynb #fb96cf72
 @dataclass(frozen=True)

@@ -193,6 +193,9 @@ def buckets(layers: Sequence[nn.Module], size_mb: int) -> Iterator[list[nn.Modul
 def check_supported(config: DistributedConfig, model: LongNetConfig, sizes: dict[str, int]) -> None:
     "Raises `ValueError` for what is not supported, saying so."
     if sizes["tensor"] > 1:
+        if model.in_blocks:
+            rule, advice = "be 1 with block-sparse attention, whose heads are not cut", "cut the sequence or the batch"
+            raise ValueError(complaint("tensor_shards", rule, sizes["tensor"], advice))
         check_tensor_shards(model, sizes["tensor"])
         if config.data_engine == "ddp" and config.communication_optimization and sizes["data"] * sizes["sequence"] > 1:
             advice = "use data_engine='fsdp', or communication_optimization=False"

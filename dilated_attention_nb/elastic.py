@@ -43,9 +43,10 @@ from .distributed import DistributedLongNet
 from .files import Lines, open_tensors, owned, read_json, sync_folder, write_file
 from .longnet import LongNet, LongNetConfig
 from .memory_pool import memory_limit
+from .multihead import KINDS
 from .sharded import Team, join_processes
 from .sharding import GroupRef
-from .training import VOCAB, check_room, mixed_seed, noted_signals, read_corpus
+from .training import VOCAB, attention_fields, check_room, mixed_seed, noted_signals, read_corpus
 
 # %% ../nbs/23b_elastic.ipynb #ae11f46b
 def training_tensors(part: DistributedLongNet, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -390,8 +391,10 @@ def parse_elastic(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--width", type=int, default=128, help="of the model (default: 128)")
     p.add_argument("--layers", type=int, default=2, help="of the model (default: 2)")
     p.add_argument("--heads", type=int, default=4, help="of each layer (default: 4)")
-    p.add_argument("--segments", type=int, nargs="+", default=[256, 1024, 2048], help="segment lengths")
-    p.add_argument("--rates", type=int, nargs="+", default=[1, 4, 8], help="their dilation rates")
+    p.add_argument("--segments", type=int, nargs="*", default=[256, 1024, 2048], help="segment lengths")
+    p.add_argument("--rates", type=int, nargs="*", default=[1, 4, 8], help="their dilation rates")
+    p.add_argument("--attention", choices=KINDS, default="auto", help="kind of attention (default: auto)")
+    p.add_argument("--attention-options", default="{}", help="more fields of its config, as '{\"density\": 0.1}'")
     p.add_argument("--sequence-parallel", type=int, default=1, help="processes that share a sequence (default: 1)")
     p.add_argument("--tensor-parallel", type=int, default=1, help="processes that share a layer (default: 1)")
     p.add_argument("--pipeline-parallel", type=int, default=1, help="processes that share the layers (default: 1)")
@@ -407,6 +410,7 @@ def elastic_configs(given: argparse.Namespace) -> tuple[LongNetConfig, Distribut
     model = LongNetConfig(
         given.width, given.layers, given.heads, tuple(given.segments), tuple(given.rates),
         vocab_size=VOCAB, position="rope", tie_embeddings=False, bias=True,
+        **attention_fields(given.attention, given.attention_options),
     )  # fmt: skip
     sizes = {"sequence": given.sequence_parallel, "tensor": given.tensor_parallel, "pipeline": given.pipeline_parallel}
     on = {name: check_int(f"--{name}-parallel", size) > 1 for name, size in sizes.items()}

@@ -21,6 +21,7 @@ from .backends import attend, attend_forward, cast_like_autocast, resolve_backen
 from dilated_attention_nb.config import (
     BACKENDS,
     DilatedAttentionConfig,
+    SparseAttentionConfig,
     check_choice,
     check_config,
     check_device,
@@ -57,9 +58,11 @@ class _Cache:
         self.scale = head_dim**-0.5 if factor is None else factor
         self.backend = check_choice("backend", backend, BACKENDS)
         if config is not None:
-            check_heads(
-                self.num_heads, check_config("config", config, DilatedAttentionConfig).num_branches, config.mixing
-            )
+            if isinstance(check_config("config", config, DilatedAttentionConfig), SparseAttentionConfig):
+                advice = "decode with attention 'auto', 'standard', 'improved' or 'ring'"
+                got = f"a {type(config).__name__}, whose blocks no cache follows"
+                raise ValueError(complaint("config", "be of dilated attention in a cache", got, advice))
+            check_heads(self.num_heads, config.num_branches, config.mixing)
             most = inf if self.max_seq_len is None else self.max_seq_len
             check_unshifted(most, config.segment_lengths, config.dilation_rates, config.ragged, "in a cache")
         self.config = config

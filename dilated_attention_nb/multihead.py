@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 from functools import partial
 from inspect import signature
+from itertools import pairwise
 from typing import Any, TypeVar
 from weakref import ref
 
@@ -32,13 +33,16 @@ from dilated_attention_nb.config import (
     MultiheadConfig,
     RingAttentionConfig,
     SparseAttentionConfig,
+    by_new_names,
     check_choice,
     check_config,
+    check_cu_seqlens,
     check_flag,
     check_heads,
     check_home,
     complaint,
     hint,
+    readable,
 )
 from .dilated import DilatedAttention
 from .improved import ImprovedDilatedAttention
@@ -56,7 +60,10 @@ ATTENTIONS: dict[str, Callable[..., nn.Module]] = {
     "ring": RingDilatedAttention,
     "block_sparse_ring": BlockSparseRingDilatedAttention,
 }
-CONFIGS: dict[str, type[DilatedAttentionConfig]] = {  # of the other kinds: the base
+CONFIGS: dict[str, type[DilatedAttentionConfig]] = {  # of each kind
+    "auto": DilatedAttentionConfig,
+    "standard": DilatedAttentionConfig,
+    "improved": DilatedAttentionConfig,
     "block_sparse": SparseAttentionConfig,
     "ring": RingAttentionConfig,
     "block_sparse_ring": BlockSparseRingConfig,
@@ -104,7 +111,7 @@ def create_dilated_attention(
     **values: Any,  # fields of the config of the kind; they go before those of config
 ) -> nn.Module:  # forward(q, k, v, is_causal=False, key_padding_mask=None)
     "Dilated attention of a kind. Raises `ValueError` or `TypeError` for an unknown kind or field, or a wrong value."
-    build, cls = _builder(kind, group), CONFIGS.get(kind, DilatedAttentionConfig)
+    build, cls, values = _builder(kind, group), CONFIGS[kind], by_new_names(values)
     for name in values:
         _owner(name, cls)
     return build(_completed("config", config, cls, values))
@@ -177,9 +184,37 @@ def refuse_names(where: Any, names: Mapping[str, Any]) -> None:
         raise TypeError(f"{where.__qualname__} has no argument {name!r}; {advice}")
 
 
-def takes_documents(attention: Any) -> bool:
-    "Whether it attends to packed documents, so that padding can be left out; rings and other kinds take masks."
+def _documents_at_once(attention: Any) -> bool:
+    "Whether it takes packed documents in one call."
     return isinstance(getattr(attention, "_orig_mod", attention), (DilatedAttention, ImprovedDilatedAttention))
+
+
+def takes_documents(attention: Any) -> bool:
+    "Whether it attends to packed documents, so that padding can be left out; a ring of several and others take masks."
+    whole = getattr(attention, "_orig_mod", attention)
+    if isinstance(whole, RingLayer):
+        return whole.ring().size == 1
+    return isinstance(whole, BlockSparseAttention) or _documents_at_once(whole)
+
+
+def attend_documents(
+    attention: Callable[..., Tensor],
+    cu_seqlens: Int[Tensor, " docs+1"],
+    q: Float[Tensor, "1 n h d"],
+    k: Float[Tensor, "1 n hk d"],
+    v: Float[Tensor, "1 n hk d"],
+    is_causal: bool,
+    **options: Any,
+) -> Float[Tensor, "1 n h d"]:
+    "What `takes_documents` makes of documents, one after the other if need be. `ValueError` in traced forwards."
+    if _documents_at_once(attention):
+        return attention(q, k, v, is_causal=is_causal, cu_seqlens=cu_seqlens, **options)
+    if not readable(cu_seqlens):
+        got, advice = f"those of {type(attention).__name__} in a traced forward", "trace it without padding"
+        raise ValueError(complaint("documents", "have lengths that can be read", got, advice))
+    check_cu_seqlens("cu_seqlens", cu_seqlens, q)
+    spans = [slice(a, b) for a, b in pairwise(cu_seqlens.tolist()) if a < b]
+    return torch.cat([attention(q[:, s], k[:, s], v[:, s], is_causal=is_causal) for s in spans], 1)
 
 
 def check_packed(key_padding_mask: Any, cache: Any, layers: Iterable[Any]) -> None:
@@ -191,7 +226,7 @@ def check_packed(key_padding_mask: Any, cache: Any, layers: Iterable[Any]) -> No
     for layer in layers:
         if not takes_documents(layer.attention):
             got = f"documents for {type(layer.attention).__name__}"
-            advice = "rings and other kinds take one sequence; call them for each document"
+            advice = "a ring of several ranks and other attention take one sequence: call it for each document"
             raise ValueError(complaint("cu_seqlens", "be None", got, advice))
 
 # %% ../nbs/15_multihead.ipynb #6a1d5589
@@ -331,7 +366,7 @@ class MultiheadDilatedAttention(ConfiguredModule):
         if position is not None:
             q, k = position(q, k)
         attend: Callable[..., Tensor] = self.attention if cache is None else cache
-        attend = attend if cu_seqlens is None else partial(attend, cu_seqlens=cu_seqlens)
+        attend = attend if cu_seqlens is None else partial(attend_documents, attend, cu_seqlens)
         out = attend(q, k, v, is_causal=is_causal, key_padding_mask=key_padding_mask).flatten(2)
         out = F.dropout(out, self.attention_config.dropout, self.training)
         if self.inner_attn_ln is not None:
@@ -384,9 +419,9 @@ def create_multihead_dilated_attention(
     **values: Any,  # fields of either config; they go before those of the configs
 ) -> MultiheadDilatedAttention:
     "Multi-head dilated attention of a kind. Raises as `create_dilated_attention` does."
-    cls = CONFIGS.get(check_choice("kind", kind, KINDS), DilatedAttentionConfig)
+    cls = CONFIGS[check_choice("kind", kind, KINDS)]
     of: dict[type[Config], dict[str, Any]] = {MultiheadConfig: {}, cls: {}}
-    for name, value in values.items():
+    for name, value in by_new_names(values).items():
         of[_owner(name, *of)][name] = value
     heads = _completed("config", config, MultiheadConfig, of[MultiheadConfig])
     if attention_config is None and issubclass(cls, SparseAttentionConfig):

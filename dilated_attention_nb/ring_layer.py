@@ -295,7 +295,7 @@ class RingLayer(ConfiguredModule):
     def ring(self) -> Ring:
         "The ring of this process. Raises `RuntimeError` if its group was destroyed."
         group = self._given() or default_group()
-        if group is None and self._joined:
+        if group is None and self._joined and self.config.ring_size != 1:
             rule, got = "be there for a layer that was made or called in it", "none: it was destroyed"
             raise RuntimeError(
                 complaint("the process group", rule, got, "call init_process_group, or make a new layer")

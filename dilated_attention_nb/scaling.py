@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .config import Config, check_choice, check_int, check_number, check_positive
+from .config import Config, check_choice, check_int, check_number, check_positive, complaint
 from .longnet import LongNetConfig, parameter_counts
 from .masking import branch_heads
 
@@ -42,6 +42,9 @@ def segments_of(config: LongNetConfig, n: int, scheme: str) -> list[tuple[int, i
     "The branches `(w, r)` of a scheme at this length; for 'dense' one that sees everything."
     if check_choice("scheme", scheme, SCHEMES) == "dense":
         return [(n, 1)]
+    if config.in_blocks:
+        got, advice = repr(config.attention), "block_sparse_traffic counts what blocks send"
+        raise ValueError(complaint("attention", "be dilated where its cost is counted", got, advice))
     return [(min(w, n), r) for w, r in zip(config.segment_lengths, config.dilation_rates)]
 
 

@@ -9,8 +9,9 @@ __all__ = ['SKIPPED', 'SEPARATOR', 'VOCAB', 'LONGEST_NGRAM', 'STAGES', 'MODULE',
            'make_optimizers', 'train_step', 'autocast', 'fast_dtype', 'state_tensors', 'save_checkpoint',
            'load_checkpoint', 'bits_per_byte', 'compressed_bits_per_byte', 'with_branches', 'forward_seconds',
            'sample_tokens', 'noted_signals', 'train', 'read_metrics', 'sequence_worker', 'origin', 'context_lengths',
-           'finish', 'load_run', 'table', 'parse', 'new_folder', 'calibrated_seconds', 'choose_device', 'start_run',
-           'StoppedError', 'launched_run', 'resume_run', 'check_unfinished', 'demo']
+           'finish', 'load_run', 'table', 'parse', 'new_folder', 'calibrated_seconds', 'choose_device',
+           'attention_fields', 'described_model', 'start_run', 'StoppedError', 'launched_run', 'resume_run',
+           'check_unfinished', 'demo']
 
 # %% ../nbs/22_training.ipynb #c17f4f5f
 import argparse
@@ -51,6 +52,7 @@ from dilated_attention_nb.config import (
     check_ints,
     check_positive,
     complaint,
+    parse_json,
     shown,
 )
 from .decoding import generate
@@ -67,7 +69,7 @@ from dilated_attention_nb.files import (
 )
 from .longnet import LongNet, LongNetConfig
 from .memory_pool import check_memory
-from .multihead import Start, normal_start
+from .multihead import KINDS, Start, normal_start
 from .pretrained import check_fit
 from .sharded import Team, joined_team
 
@@ -511,10 +513,11 @@ def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
 def with_branches(
     model: LongNet, config: TrainingConfig, segment_lengths: Sequence[int], dilation_rates: Sequence[int]
 ) -> LongNet:
-    "The same parameters, attending by other branches."
-    shape = replace(config.model, segment_lengths=tuple(segment_lengths), dilation_rates=tuple(dilation_rates))
-    other = make_model(replace(config, model=shape))
-    other.load_state_dict(model.state_dict())
+    "The same parameters, attending dilatedly by other branches, whatever the attention was."
+    branches: dict[str, Any] = {"segment_lengths": tuple(segment_lengths), "dilation_rates": tuple(dilation_rates)}
+    other = make_model(replace(config, model=replace(config.model, **branches, attention="auto", attention_options=())))
+    tensors = model.state_dict()
+    other.load_state_dict({name: tensors[name] for name in other.state_dict()})  # without what chooses blocks
     return other
 
 
@@ -666,6 +669,7 @@ def context_lengths(config: TrainingConfig, available: int) -> list[int]:
 def _measured(config: TrainingConfig, corpus: Corpus, model: LongNet, noted: Sequence[int]) -> dict[str, Any] | None:
     "Bits per byte and seconds for each length, beside compressors and dense attention; None after a signal."
     held = corpus.held[: config.eval_bytes + 1]
+    own = "block-sparse" if config.model.in_blocks else "dilated"
     text, where, lengths = to_bytes(held[1:]), origin(config), context_lengths(config, len(held))
     contexts: list[dict[str, Any]] = []
     speed: list[dict[str, Any]] = []
@@ -675,7 +679,7 @@ def _measured(config: TrainingConfig, corpus: Corpus, model: LongNet, noted: Seq
         bits = bits_per_byte(model, config, held, n)
         contexts.append({"context": n, "bits_per_byte": bits, "text": "held-out", **where})
     for n in tqdm(lengths[2:], desc="speed", leave=False):
-        for name, other in (("dilated", model), ("dense", with_branches(model, config, (n,), (1,)))):
+        for name, other in ((own, model), ("dense", with_branches(model, config, (n,), (1,)))):
             if noted:
                 return None
             speed.append({"length": n, "seconds": forward_seconds(other, config, n), "attention": name, **where})
@@ -685,6 +689,9 @@ def _measured(config: TrainingConfig, corpus: Corpus, model: LongNet, noted: Seq
         "held_files": len(corpus.held_files), "train_bytes": config.tokens, "steps": config.steps,
         "parameters": sum(p.numel() for p in model.parameters()), "contexts": contexts, "speed": speed, **where,
     }  # fmt: skip
+
+
+_NO_SAMPLE = b"(none: no cache follows blocks, so that this attention can be trained and not drawn from)"
 
 
 def finish(
@@ -697,7 +704,7 @@ def finish(
     if results is None:
         return None
     prompt, rows = corpus.held[:512], read_metrics(run)
-    said = sample_tokens(model, config, prompt, 400)
+    said = to_bytes(sample_tokens(model, config, prompt, 400)) if not config.model.in_blocks else _NO_SAMPLE
     results["train_seconds"] = round(sum(row["seconds"] for row in rows), 1)
     lines = {"held-out": results["bits_per_byte"], **{name: results[name] for name in ("gzip -9", "lzma")}}
     contexts, speed = results["contexts"], results["speed"]
@@ -708,7 +715,7 @@ def finish(
     }
     for name, axes in figures.items():
         save_figure(axes, run / f"{name}.png")
-    write_file(run / "sample.txt", to_bytes(prompt) + b"\n======== continued by the model ========\n" + to_bytes(said))
+    write_file(run / "sample.txt", to_bytes(prompt) + b"\n======== continued by the model ========\n" + said)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     write_tensors(run / "model.safetensors", tensors, {"config": config.to_json()})
     write_file(run / "results.json", json.dumps(results, indent=1))  # the last: a run that has it is finished
@@ -744,7 +751,7 @@ def table(results: dict[str, Any]) -> str:
 MODULE = "dilated_attention_nb.training"
 DEFAULTS: dict[str, Any] = {
     "text": None, "minutes": 4.0, "steps": None, "context": 16_384, "name": None, "seed": 0, "width": 256, "layers": 2,
-    "heads": 2, "segments": (1024, 4096, 16_384), "rates": (1, 4, 16), "eval_bytes": 131_072,
+    "heads": 2, "segments": None, "rates": None, "attention": "auto", "attention_options": "{}", "eval_bytes": 131_072,
     "device": None, "dtype": None, "sequence_parallel": 1,
 }  # fmt: skip
 
@@ -768,8 +775,12 @@ def parse(argv: Sequence[str] | None) -> tuple[dict[str, Any], Path, str | None]
     p.add_argument("--width", type=int, help="of the model (default: 256)")
     p.add_argument("--layers", type=int, help="of the model (default: 2)")
     p.add_argument("--heads", type=int, help="of each layer (default: 2)")
-    p.add_argument("--segments", type=int, nargs="+", metavar="W", help="segment lengths (default: 1024 4096 16384)")
-    p.add_argument("--rates", type=int, nargs="+", metavar="R", help="their dilation rates (default: 1 4 16)")
+    p.add_argument(
+        "--segments", type=int, nargs="+", metavar="W", help="segment lengths (default: 1024 4096 16384, if any)"
+    )
+    p.add_argument("--rates", type=int, nargs="+", metavar="R", help="their dilation rates (default: 1 4 16, if any)")
+    p.add_argument("--attention", choices=KINDS, help="kind of attention (default: auto)")
+    p.add_argument("--attention-options", metavar="JSON", help="more fields of its config, as '{\"density\": 0.1}'")
     p.add_argument("--eval-bytes", type=int, help="held-out bytes to evaluate on (default: 131072)")
     p.add_argument("--device", help="cpu, cuda or mps (default: cuda, else mps, else cpu, whichever is there first)")
     p.add_argument("--dtype", choices=("bfloat16", "float32"), help="of products (default: bfloat16 where it is fast)")
@@ -832,15 +843,36 @@ def choose_device(name: str | None) -> str:
     return name
 
 
+def attention_fields(kind: str, options: str) -> dict[str, Any]:
+    "Fields of a `LongNetConfig`. Raises `ValueError` if the options, in JSON, aren't a kind's."
+    try:
+        values = parse_json(options)
+        LongNetConfig(attention=kind, attention_options=values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--attention-options {shown(options)} of {kind!r}: {error}") from error
+    return {"attention": kind, "attention_options": values}
+
+
+def described_model(given: dict[str, Any]) -> LongNetConfig:
+    "The model that settings describe; unless they say more, with the branches above, two of them for blocks."
+    attention = attention_fields(given["attention"], given["attention_options"])
+    usual = LongNetConfig(**attention)
+    branches: tuple[Any, Any] = (1024, 4096, 16_384), (1, 4, 16)
+    if usual.in_blocks:
+        branches = ((1024, 16_384), (1, 4)) if usual.segment_lengths else ((), ())
+    lengths, rates = (given[name] or some for name, some in zip(("segments", "rates"), branches))
+    return LongNetConfig(
+        given["width"], given["layers"], given["heads"], lengths, rates, vocab_size=VOCAB, position="rope",
+        tie_embeddings=False, bias=False, **attention,
+    )  # fmt: skip
+
+
 def start_run(
     given: dict[str, Any], out: Path, began: float, team: Team | None = None, noted: Sequence[int] = ()
 ) -> tuple[Path, TrainingConfig, Corpus]:
     "A new folder with a configuration. Raises `ValueError`, or `StoppedError` by a signal, before anything is written."
     team, device, corpus = team or Team(), choose_device(given["device"]), read_corpus(given["text"])
-    model = LongNetConfig(
-        given["width"], given["layers"], given["heads"], given["segments"], given["rates"],
-        vocab_size=VOCAB, position="rope", tie_embeddings=False, bias=False,
-    )  # fmt: skip
+    model = described_model(given)
     config = TrainingConfig(
         model, corpus.digest, (), given["text"] and str(Path(given["text"]).expanduser().resolve()), given["context"],
         given["seed"], eval_bytes=given["eval_bytes"], device=device, dtype=given["dtype"] or fast_dtype(device),
@@ -851,7 +883,8 @@ def start_run(
         rule = f"be longer than the context {config.context:,}"
         raise ValueError(complaint("text", rule, got, "pass more text or a smaller --context"))
     _check_training_room(config, 4)  # parameters, gradients and two means
-    if team.size > 1 and config.context % (step := 2 * team.size * max(part for part, _ in STAGES)):
+    block = getattr(model.attention_config, "block_size", 1) if model.in_blocks else 1
+    if team.size > 1 and config.context % (step := 2 * team.size * block * max(part for part, _ in STAGES)):
         rule = f"be a multiple of {step}, so that {team.size} processes can share the shortest sequences too"
         raise ValueError(complaint("context", rule, config.context, f"use {-(-config.context // step) * step}"))
     if team.agreed(lambda: bool(given["name"]) and (out / given["name"]).exists()):  # before time goes to calibration
@@ -962,11 +995,10 @@ def demo(argv: Sequence[str] | None = None) -> int:  # the exit status: 0, 2 for
             if team.first:
                 _announce(run, config, corpus, team.size)
             step = train(run, config, corpus, model, optimizers, step, noted, team=team)
-            done, branches = step == config.steps, (config.model.segment_lengths, config.model.dilation_rates)
+            done = step == config.steps
             if not team.first:  # the first one finishes alone
                 return 0 if done else 128 + (noted or [signal.SIGTERM])[0]
-            whole = model if team.size == 1 else with_branches(model, config, *branches)  # without rings
-            results = finish(run, config, corpus, whole, noted) if done and not noted else None
+            results = finish(run, config, corpus, model, noted) if done and not noted else None
         except StoppedError:
             print("stopped by a signal before the first step; nothing was written", file=sys.stderr)
             return 128 + (noted or [signal.SIGTERM])[0]

@@ -258,9 +258,9 @@ def test_malformed_patterns_are_refused(change, error, words):
         (dict(pattern_type=None), TypeError, "NoneType"),
         (dict(n=0), ValueError, "n must be at least 1"),
         (dict(n=1.5), TypeError, "n must be an integer"),
-        (dict(sparsity_ratio=0), ValueError, "above 0"),
-        (dict(sparsity_ratio=1.01), ValueError, "at most 1"),
-        (dict(sparsity_ratio=float("nan")), ValueError, "finite"),
+        (dict(density=0), ValueError, "above 0"),
+        (dict(density=1.01), ValueError, "at most 1"),
+        (dict(density=float("nan")), ValueError, "finite"),
         (dict(block_size=100), ValueError, "use 112 or 96"),
         (dict(block_size=-16), ValueError, "at least 1"),
         (dict(num_heads=0), ValueError, "num_heads"),
@@ -349,8 +349,8 @@ def test_bytes_are_bounded():
 def test_failures_are_raised_to_all_and_not_kept():
     cache = PatternCache()
     for _ in range(2):
-        with pytest.raises(ValueError, match="sparsity_ratio"):
-            cache.get("strided", 512, sparsity_ratio=2)
+        with pytest.raises(ValueError, match="density"):
+            cache.get("strided", 512, density=2)
     assert len(cache) == 0
     for bad in (dict(max_entries=0), dict(max_bytes=0)):
         with pytest.raises(ValueError, match="at least 1"):
@@ -752,7 +752,7 @@ def response(c):
 
 CHANGES = dict(
     segment_lengths=(50, 100), dilation_rates=(1, 9), dropout=0.5, mixing="softmax", offsets="interleaved",
-    ragged="mask", device="meta", dtype="float64", pattern_type="random", sparsity_ratio=0.7, block_size=64,
+    ragged="mask", device="meta", dtype="float64", pattern_type="random", density=0.7, block_size=64,
     enable_adaptive=True, head_dim=16, seed=3,
 )  # fmt: skip
 
@@ -763,7 +763,7 @@ def test_every_field_of_every_pattern_changes_something_or_is_refused(name, fiel
     if field == "use_tf32":
         pytest.skip("of float32 products on CUDA only")
     own = branches_of(name) | (ADAPTIVE if name == "adaptive" else dict(pattern_type=name))
-    base = SparseAttentionConfig(**{"block_size": 16, "sparsity_ratio": 0.3, **own})
+    base = SparseAttentionConfig(**{"block_size": 16, "density": 0.3, **own})
     change = {field: CHANGES[field]}
     if field == "pattern_type" and name == "random":
         change = {"pattern_type": "strided"}
@@ -877,7 +877,7 @@ def test_factories():
     assert isinstance(made, BlockSparseAttention) and made.config.pattern_type == "strided"
     with pytest.raises(ValueError, match="no field 'sparsity'"):
         create_dilated_attention("block_sparse", segment_lengths=(64,), dilation_rates=(2,), sparsity=0.1)
-    with pytest.raises(ValueError, match="no field 'sparsity_ratio'"):
+    with pytest.raises(ValueError, match="no field 'density'"):
         create_dilated_attention("improved", segment_lengths=(64,), dilation_rates=(2,), sparsity_ratio=0.1)
     layer = create_multihead_dilated_attention(
         "block_sparse", embed_dim=32, num_heads=4, block_size=16, ragged="mask",

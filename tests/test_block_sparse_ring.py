@@ -201,7 +201,7 @@ def test_empty_pairs_of_rank_and_block_cost_nothing():
         peers = {(m.sender, m.receiver) for m in plan.moves if not m.gradient}
         assert peers <= {(rank - 1, rank), (rank, rank + 1)} and len(plan.guests) == (rank > 1)
     assert [bool(t.forward_received) for t in layer.traffic(n, 2, 8, 8, is_causal=True)] == [False] * 2 + [True] * 6
-    inside = replace(c, sparsity_ratio=1 / 64)  # only the diagonal
+    inside = replace(c, density=1 / 64)  # only the diagonal
     assert all(t.forward_sent == t.backward_sent == 0 for t in block_sparse_traffic(inside, n, 2, 8, 8))
 
 

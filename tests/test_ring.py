@@ -635,7 +635,7 @@ def failing(rank: int, world: int, store: str, how: str, strategy: str, where: s
     group = dist.new_group(list(range(world)), timeout=patience)
     if kind == "sparse":
         sparse = BlockSparseRingConfig((48,), (1,), pattern_type="random", block_size=16, strategy=strategy)
-        layer = BlockSparseRingDilatedAttention(replace(sparse, sparsity_ratio=1.0), group)
+        layer = BlockSparseRingDilatedAttention(replace(sparse, density=1.0), group)
     else:
         layer = RingDilatedAttention(config((48,), (1,), strategy=strategy), group)
     q, k, v = (shard_sequence(x, group).requires_grad_() for x in make_qkv(1, 48, 2, 8))
