@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from dilated_attention_nb import adaptive as adaptive
     from dilated_attention_nb import backends as backends
-    from dilated_attention_nb import block_attention as block_attention
     from dilated_attention_nb import block_patterns as block_patterns
     from dilated_attention_nb import block_sparse as block_sparse
     from dilated_attention_nb import block_sparse_ring as block_sparse_ring
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from dilated_attention_nb.partial import merge as merge
     from dilated_attention_nb.backends import available_backends as available_backends
     from dilated_attention_nb.block_patterns import block_pattern as block_pattern
-    from dilated_attention_nb.block_attention import block_sparse_attention as block_sparse_attention
+    from dilated_attention_nb.block_sparse import block_sparse_attention as block_sparse_attention
     from dilated_attention_nb.dilated import DilatedAttention as DilatedAttention
     from dilated_attention_nb.improved import ImprovedDilatedAttention as ImprovedDilatedAttention
     from dilated_attention_nb.block_sparse import BlockSparseAttention as BlockSparseAttention
@@ -124,7 +124,7 @@ _HOME = {
     "merge": "partial",
     "available_backends": "backends",
     "block_pattern": "block_patterns",
-    "block_sparse_attention": "block_attention",
+    "block_sparse_attention": "block_sparse",
     # modules
     "DilatedAttention": "dilated",
     "ImprovedDilatedAttention": "improved",

@@ -21,16 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from dilated_attention_nb import backends, block_attention, block_patterns, block_plan, block_sparse, testing
+from dilated_attention_nb import adaptive, backends, block_patterns, block_sparse, testing
+from dilated_attention_nb.adaptive import BlockScorer, block_shares, pooled
 from dilated_attention_nb.backends import attend
 from dilated_attention_nb.block_patterns import BlockPattern, PatternCache, block_pattern
-from dilated_attention_nb.block_sparse import (
-    BlockScorer,
-    BlockSparseAttention,
-    block_shares,
-    block_sparse_attention,
-    pooled,
-)
+from dilated_attention_nb.block_sparse import BlockSparseAttention, block_sparse_attention
 from dilated_attention_nb.block_sparse_ring import BlockSparseRingDilatedAttention
 from dilated_attention_nb.config import SPARSE_PATTERNS, BlockSparseRingConfig, SparseAttentionConfig
 from dilated_attention_nb.multihead import create_dilated_attention, create_multihead_dilated_attention
@@ -461,8 +456,8 @@ def test_blocks_of_128_equal_the_oracle(name, dtype):
 def test_heads_strung_together_equal_the_oracle(is_causal, ratio, dtype):
     n = 1000
     made = block_pattern("random", n, block_size=32, sparsity_ratio=ratio, is_causal=is_causal, num_heads=2)
-    assert block_attention._irregular(made.kv_num_blocks, made.kv_indices)
-    assert block_attention._often(made.kv_num_blocks, made.cols) == (ratio == 0.3)
+    assert block_sparse._irregular(made.kv_num_blocks, made.kv_indices)
+    assert block_sparse._often(made.kv_num_blocks, made.cols) == (ratio == 0.3)
     mask = torch.zeros(1, n, dtype=torch.bool)
     mask[0, 300:420] = True
     q, k, v = make_qkv(1, n, 2, 16, kv_heads=1, dtype=dtype)
@@ -476,7 +471,7 @@ def test_a_row_of_blocks_may_be_one_masked_call_or_two(is_causal, monkeypatch):
     x = make_qkv(2, 203, 4, 8, dtype=torch.float64, requires_grad=True)
     found = []
     for limit in (2**17, 0):
-        for module in (backends, block_attention):
+        for module in (backends, block_sparse):
             monkeypatch.setattr(module, "_ONE_CALL", limit)
         out = block_sparse_attention(*x, made, is_causal=is_causal)
         found.append((out, *torch.autograd.grad(out.square().sum(), x)))
@@ -503,8 +498,8 @@ def test_no_tensor_grows_with_the_square_of_the_length(name):
         made = block_pattern(name, n, block_size=32, sparsity_ratio=256 / n, is_causal=True, num_heads=2)
         x, lists = make_qkv(1, n, 2, 8), (made.kv_num_blocks, made.kv_indices, 32)
         with Largest() as largest:
-            out, lse = block_attention.sparse_forward_op._init_fn(*x, None, *lists, True, 0.3, "auto", True)
-            block_attention.sparse_backward_op._init_fn(out, *x, out, lse, None, *lists, True, 0.3, "auto", True)
+            out, lse = block_sparse.sparse_forward_op._init_fn(*x, None, *lists, True, 0.3, "auto", True)
+            block_sparse.sparse_backward_op._init_fn(out, *x, out, lse, None, *lists, True, 0.3, "auto", True)
         found.append(largest.size)
     assert found[0] > 2048 * 2 * 8 - 1 and found[1] <= max(8192 * 2 * 8 * 8, 2**20) < 8192**2 // 8
 
@@ -601,10 +596,10 @@ def test_a_plan_computes_every_block_once(seed, rows, past, density, swapped):
     keep = torch.from_numpy(rng.random((1, 1, rows, cols)) < density)
     keep = keep | keep.roll(1, 2) if seed % 2 else keep
     made = BlockPattern.from_dense(keep, 16, (16 * rows, 16 * cols))
-    lists = block_plan.Lists(made.kv_num_blocks[0, 0].numpy().astype(int), made.kv_indices[0, 0].numpy())
+    lists = block_sparse.Lists(made.kv_num_blocks[0, 0].numpy().astype(int), made.kv_indices[0, 0].numpy())
     for is_causal, joint in ((False, 0), (True, 0), (True, 4)):
         seen = np.zeros((rows, cols), int)
-        for p in block_plan.plan((lists,), past, cols, is_causal, swapped, 8, 16, False, joint):
+        for p in block_sparse.plan((lists,), past, cols, is_causal, swapped, 8, 16, False, joint):
             for b in p.batches:
                 for r, c in zip(b.rows.blocks, b.cols.blocks):
                     block = np.tri(len(r), dtype=int) if b.is_causal and len(r) == len(c) else 1
@@ -617,9 +612,9 @@ def test_a_plan_computes_every_block_once(seed, rows, past, density, swapped):
 def test_short_rows_of_a_causal_window_are_one_call_for_each_length(dtype):
     n = 1500
     made = block_pattern("local_window", n, sparsity_ratio=0.4, is_causal=True)
-    lists = block_plan.Lists(made.kv_num_blocks[0, 0].numpy().astype(int), made.kv_indices[0, 0].numpy())
+    lists = block_sparse.Lists(made.kv_num_blocks[0, 0].numpy().astype(int), made.kv_indices[0, 0].numpy())
     assert lists.split(0, True)[0].stride() == 1
-    portions = block_plan.plan((lists,), 0, made.rows, True, False, 8, 16, False, 8)
+    portions = block_sparse.plan((lists,), 0, made.rows, True, False, 8, 16, False, 8)
     assert sorted(b.cols.k for p in portions for b in p.batches) == sorted(set(lists.num.tolist()))
     assert all(b.cols.step >= 0 and b.rows.run for p in portions for b in p.batches)  # views, no copies
     q, k, v = make_qkv(1, n, 2, 16, kv_heads=1, dtype=dtype)
@@ -628,11 +623,11 @@ def test_short_rows_of_a_causal_window_are_one_call_for_each_length(dtype):
 
 def test_plans_of_the_same_content_are_made_once():
     made = make_pattern("strided", 2048, True)
-    block_plan._small_plan.cache_clear()
+    block_sparse._small_plan.cache_clear()
     q, k, v = make_qkv(2, 2048, 4, 8)
     for pattern in (made, make_pattern("strided", 2048, True)):
         block_sparse_attention(q, k, v, pattern, is_causal=True)
-    assert block_plan._small_plan.cache_info().misses == 1
+    assert block_sparse._small_plan.cache_info().misses == 1
 
 
 # ---------------------------------------------------------------- compile, flex
@@ -654,7 +649,7 @@ def test_operators_keep_their_contract():
     made = make_pattern("random", 48)
     q, k, v = make_qkv(1, 48, 4, 8, requires_grad=True)
     arguments = (q, k, v, None, made.kv_num_blocks, made.kv_indices, 16, True, 0.3, "auto", True)
-    torch.library.opcheck(block_attention.sparse_forward_op, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(block_sparse.sparse_forward_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.slow
@@ -919,7 +914,7 @@ def test_the_scorers_gradient_is_that_of_its_loss_and_changes_no_other():
     grads = torch.autograd.grad(2 * out.sum(), (q, k, v, attention.scorer.q_proj.weight))
     rows = torch.tensor([1, 3, 5, 7])
     of_q, of_k = attention.scorer(q.detach(), k.detach())
-    loss = block_sparse.scorer_loss(of_q, of_k, block_shares(q, k, rows, 16, True), rows, True)
+    loss = adaptive.scorer_loss(of_q, of_k, block_shares(q, k, rows, 16, True), rows, True)
     length = 2 * out.numel() ** 0.5  # of the gradient of the output
     assert torch.allclose(grads[3], length * torch.autograd.grad(loss, attention.scorer.q_proj.weight)[0])
     of_q, of_k = attention.scorer(q, k)

@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from dilated_attention_nb import backends, block_attention, dilated, improved, kv_cache, masking
+from dilated_attention_nb import backends, block_sparse, dilated, improved, kv_cache, masking
 from dilated_attention_nb.backends import attend
 from dilated_attention_nb.block_patterns import BlockPattern, PatternCache
 from dilated_attention_nb.block_sparse import BlockSparseAttention, block_sparse_attention
@@ -903,7 +903,7 @@ def test_no_locks_in_a_forward_pass():
     """
     q, k, v = make_qkv(1, 32, 4, 8)
     assert locks_taken(Locks, lambda m: m(q, k, v)) == [4, 4, 4]  # a lock that is already there is seen
-    for layer in (masking, backends, dilated, improved, kv_cache, block_attention, RING):
+    for layer in (masking, backends, dilated, improved, kv_cache, block_sparse, RING):
         assert "threading" not in vars(layer), layer.__name__
     for which, module in enumerate(modules()):
         found = locks_taken(lambda which=which: modules()[which], lambda m: m(q, k, v))
