@@ -76,7 +76,7 @@ def rates(rank: int, world: int, shape: dict[str, Any], n: int) -> dict[str, flo
     from dilated_attention_nb.config import RingAttentionConfig
     from dilated_attention_nb.improved import dilated_attention
     from dilated_attention_nb.longnet import LongNetConfig
-    from dilated_attention_nb.ring import simulate_ring
+    from dilated_attention_nb.ring_dilated import simulate_ring
     from dilated_attention_nb.scaling import attention_pairs
 
     model = LongNetConfig(**shape)
@@ -234,7 +234,7 @@ def bytes_() -> dict[str, Any]:
     "Bytes per rank in a step, by the formula, by the plan and as handed to gloo."
     from dilated_attention_nb.config import RingAttentionConfig
     from dilated_attention_nb.longnet import LongNetConfig
-    from dilated_attention_nb.ring import traffic
+    from dilated_attention_nb.ring_dilated import traffic
     from dilated_attention_nb.scaling import Cluster, layer_bytes
 
     def rows() -> Iterator[dict[str, Any]]:

@@ -32,13 +32,13 @@ def origin() -> dict[str, Any]:
 
 def make(kind: str, options: dict[str, Any]) -> Any:
     "A layer of attention: of one process, or of a ring."
-    from dilated_attention_nb import block_sparse, block_sparse_ring, config, improved, ring
+    from dilated_attention_nb import block_sparse, config, improved, ring_block_sparse, ring_dilated
 
     kinds: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         "dilated": (improved.ImprovedDilatedAttention, config.DilatedAttentionConfig),
-        "ring": (ring.RingDilatedAttention, config.RingAttentionConfig),
+        "ring": (ring_dilated.RingDilatedAttention, config.RingAttentionConfig),
         "block_sparse": (block_sparse.BlockSparseAttention, config.BlockSparseRingConfig),
-        "block_sparse_ring": (block_sparse_ring.BlockSparseRingDilatedAttention, config.BlockSparseRingConfig),
+        "block_sparse_ring": (ring_block_sparse.BlockSparseRingDilatedAttention, config.BlockSparseRingConfig),
     }
     build, configure = kinds[kind]
     return build(configure(**options))

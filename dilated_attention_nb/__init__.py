@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from dilated_attention_nb import backends as backends
     from dilated_attention_nb import block_patterns as block_patterns
     from dilated_attention_nb import block_sparse as block_sparse
-    from dilated_attention_nb import block_sparse_ring as block_sparse_ring
     from dilated_attention_nb import config as config
     from dilated_attention_nb import decoding as decoding
     from dilated_attention_nb import dilated as dilated
@@ -37,11 +36,11 @@ if TYPE_CHECKING:
     from dilated_attention_nb import pretrained as pretrained
     from dilated_attention_nb import processes as processes
     from dilated_attention_nb import ring as ring
-    from dilated_attention_nb import ring_layer as ring_layer
-    from dilated_attention_nb import ring_moves as ring_moves
+    from dilated_attention_nb import ring_block_sparse as ring_block_sparse
+    from dilated_attention_nb import ring_dilated as ring_dilated
+    from dilated_attention_nb import ring_engine as ring_engine
     from dilated_attention_nb import scaling as scaling
     from dilated_attention_nb import sharded as sharded
-    from dilated_attention_nb import sharding as sharding
     from dilated_attention_nb import testing as testing
     from dilated_attention_nb import training as training
     from dilated_attention_nb import transformers as transformers
@@ -57,8 +56,8 @@ if TYPE_CHECKING:
     from dilated_attention_nb.dilated import DilatedAttention as DilatedAttention
     from dilated_attention_nb.improved import ImprovedDilatedAttention as ImprovedDilatedAttention
     from dilated_attention_nb.block_sparse import BlockSparseAttention as BlockSparseAttention
-    from dilated_attention_nb.ring import RingDilatedAttention as RingDilatedAttention
-    from dilated_attention_nb.block_sparse_ring import (
+    from dilated_attention_nb.ring_dilated import RingDilatedAttention as RingDilatedAttention
+    from dilated_attention_nb.ring_block_sparse import (
         BlockSparseRingDilatedAttention as BlockSparseRingDilatedAttention,
     )
     from dilated_attention_nb.multihead import create_dilated_attention as create_dilated_attention
@@ -101,8 +100,8 @@ if TYPE_CHECKING:
     from dilated_attention_nb.training import train as train
     from dilated_attention_nb.training import load_run as load_run
     from dilated_attention_nb.elastic import train_elastic as train_elastic
-    from dilated_attention_nb.sharding import shard_sequence as shard_sequence
-    from dilated_attention_nb.sharding import gather_sequence as gather_sequence
+    from dilated_attention_nb.ring import shard_sequence as shard_sequence
+    from dilated_attention_nb.ring import gather_sequence as gather_sequence
     from dilated_attention_nb.sharded import share_in_ring as share_in_ring
     from dilated_attention_nb.sharded import LongNetShare as LongNetShare
     from dilated_attention_nb.distributed import DistributedLongNet as DistributedLongNet
@@ -129,8 +128,8 @@ _HOME = {
     "DilatedAttention": "dilated",
     "ImprovedDilatedAttention": "improved",
     "BlockSparseAttention": "block_sparse",
-    "RingDilatedAttention": "ring",
-    "BlockSparseRingDilatedAttention": "block_sparse_ring",
+    "RingDilatedAttention": "ring_dilated",
+    "BlockSparseRingDilatedAttention": "ring_block_sparse",
     "create_dilated_attention": "multihead",
     "MultiheadDilatedAttention": "multihead",
     "create_multihead_dilated_attention": "multihead",
@@ -176,8 +175,8 @@ _HOME = {
     "load_run": "training",
     "train_elastic": "elastic",
     # distributed
-    "shard_sequence": "sharding",
-    "gather_sequence": "sharding",
+    "shard_sequence": "ring",
+    "gather_sequence": "ring",
     "share_in_ring": "sharded",
     "LongNetShare": "sharded",
     "DistributedLongNet": "distributed",

@@ -37,7 +37,7 @@ from .dilated import DilatedAttention
 from .files import read_json, write_file
 from .improved import dilated_attention
 from .masking import clipped, tiles
-from .ring import simulate_ring
+from .ring_dilated import simulate_ring
 
 # %% ../nbs/26_benchmarks.ipynb #761b4317
 def environment(device: str = "cpu") -> dict[str, Any]:

@@ -30,8 +30,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .config import DistributedConfig, check_config, complaint
 from .longnet import LongNet, LongNetConfig, LongNetLayer
+from .ring import GroupRef
 from .sharded import LongNetShare, Team, group_backends, let_go_at_exit
-from .sharding import GroupRef
 
 # %% ../nbs/23_distributed.ipynb #533e5d69
 DIMENSIONS = ("data", "pipeline", "sequence", "tensor")  # of the mesh, from the slowest to the fastest

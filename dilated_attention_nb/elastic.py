@@ -44,8 +44,8 @@ from .files import Lines, open_tensors, owned, read_json, sync_folder, write_fil
 from .longnet import LongNet, LongNetConfig
 from .memory_pool import memory_limit
 from .multihead import KINDS
+from .ring import GroupRef
 from .sharded import Team, join_processes
-from .sharding import GroupRef
 from .training import VOCAB, attention_fields, check_room, mixed_seed, noted_signals, read_corpus
 
 # %% ../nbs/23b_elastic.ipynb #ae11f46b

@@ -24,7 +24,6 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from .block_sparse import BlockSparseAttention
-from .block_sparse_ring import BlockSparseRingDilatedAttention
 from dilated_attention_nb.config import (
     BlockSparseRingConfig,
     Config,
@@ -47,8 +46,9 @@ from dilated_attention_nb.config import (
 from .dilated import DilatedAttention
 from .improved import ImprovedDilatedAttention
 from .memory_pool import check_memory
-from .ring import RingDilatedAttention
-from .ring_layer import RingLayer
+from .ring_block_sparse import BlockSparseRingDilatedAttention
+from .ring_dilated import RingDilatedAttention
+from .ring_engine import RingLayer
 
 # %% ../nbs/15_multihead.ipynb #b93db2c4
 _log = logging.getLogger(__name__)

@@ -27,14 +27,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from .block_sparse import BlockSparseAttention
-from .block_sparse_ring import BlockSparseRingDilatedAttention
 from .config import BlockSparseRingConfig, RingAttentionConfig, check_int, check_padding, complaint
 from .dilated import DilatedAttention
 from .improved import ImprovedDilatedAttention
 from .longnet import LongNet, LongNetConfig, Rotation, head_losses, make_rotation
-from .ring import RingDilatedAttention, shard_sequence
-from .ring_layer import RingLayer
-from .sharding import GroupRef, Ring, destroyed
+from .ring import GroupRef, Ring, destroyed, shard_sequence
+from .ring_block_sparse import BlockSparseRingDilatedAttention
+from .ring_dilated import RingDilatedAttention
+from .ring_engine import RingLayer
 
 # %% ../nbs/21b_sharded.ipynb #2009636a
 def share_positions(

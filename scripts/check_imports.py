@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "dilated_attention_nb"
 MAX_BYTES = 500_000
 
-RINGS = {"sharding", "ring_moves", "ring_schedule", "ring_layer"}
+RINGS = {"ring", "ring_engine"}
 # Exported code may import from every lower number, except where a room is kept narrower than that.
 ONLY = {
     "config": set(),
@@ -36,21 +36,10 @@ ONLY = {
     "block_patterns": {"config", "plotting", "masking"},  # plotting: for BlockPattern.plot alone
     "block_sparse": {"config", "backends", "partial", "block_patterns"},
     "adaptive": {"config", "backends", "block_patterns", "block_sparse"},
-    "sharding": {"config"},
-    "ring_moves": {"config", "sharding"},
-    "ring_schedule": {"config", "backends", "partial", "memory_pool", "sharding", "ring_moves"},
-    "ring_layer": {"config", "memory_pool", "backends", "partial", "sharding", "ring_moves", "ring_schedule"},
-    "ring_plan": {"config", "masking", "sharding", "ring_moves"},
-    "ring_tiles": {"config", "masking", "backends", "partial", "ring_plan"},
-    "ring": {"config", "masking", "backends", "partial", "memory_pool", *RINGS, "ring_plan", "ring_tiles"},
-    "block_sparse_plan": {"config", "masking", "sharding", "ring_moves", "block_patterns"},
-    "block_sparse_ring": {
-        *("config", "masking", "backends", "partial", "memory_pool"),
-        *RINGS,
-        "block_patterns",
-        "block_sparse",
-        "block_sparse_plan",
-    },
+    "ring": {"config", "backends", "partial"},
+    "ring_engine": {"config", "backends", "memory_pool", "ring"},
+    "ring_dilated": {"config", "masking", "backends", "partial", "memory_pool", *RINGS},
+    "ring_block_sparse": {"config", "partial", "memory_pool", *RINGS, "block_patterns", "block_sparse"},
 }
 NOT = {"improved": {"dilated"}}
 # Every lesson may use these; exported code only where it is named here.

@@ -250,7 +250,7 @@ def test_one_place_for_grids_and_merges():
     elsewhere = strange(dilations(), DILATIONS, *JUDGES | OTHER_SYSTEMS | FUSED | DRAWINGS)
     assert not elsewhere, f"a grid cut outside of masking: {elsewhere}"
     made = {n for n in calls("Grid") if n.split(".")[0] not in JUDGES | OTHER_SYSTEMS}
-    assert made == {"masking.Grid.within", "masking.grid_pairs", "ring_plan.Strip.grid"}
+    assert made == {"masking.Grid.within", "masking.grid_pairs", "ring_dilated.Strip.grid"}
     for name in ("branch_heads", "head_groups", "grid_pairs", "tiles", "causal_mask", "Grid"):
         homes = [m for m, tree in TREES.items() for n in tree.body if getattr(n, "name", "") == name]
         assert homes == ["masking"], (name, homes)

@@ -33,7 +33,6 @@ from dilated_attention_nb import backends, block_sparse, dilated, improved, kv_c
 from dilated_attention_nb.backends import attend
 from dilated_attention_nb.block_patterns import BlockPattern, PatternCache
 from dilated_attention_nb.block_sparse import BlockSparseAttention, block_sparse_attention
-from dilated_attention_nb.block_sparse_ring import BlockSparseRingDilatedAttention
 from dilated_attention_nb.config import (
     BlockSparseRingConfig,
     DilatedAttentionConfig,
@@ -56,9 +55,9 @@ from dilated_attention_nb.multihead import (
     create_multihead_dilated_attention,
 )
 from dilated_attention_nb.partial import math_backward
-from dilated_attention_nb.ring import RingDilatedAttention, simulate_ring
-from dilated_attention_nb.ring_layer import RingLayer
-from dilated_attention_nb.ring_schedule import run_together
+from dilated_attention_nb.ring_block_sparse import BlockSparseRingDilatedAttention
+from dilated_attention_nb.ring_dilated import RingDilatedAttention, simulate_ring
+from dilated_attention_nb.ring_engine import RingLayer, run_together
 from dilated_attention_nb.testing import assert_causal, check_against_oracle, make_qkv, oracle_attention
 
 ROOT = Path(__file__).resolve().parent.parent

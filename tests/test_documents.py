@@ -491,9 +491,9 @@ def test_the_check_of_guards_finds_what_is_wrong(tmp_path):
     "A section or a row with a test, a notebook or an anchor that is not there; one that moved is mended."
     cells = [
         "# Layer\n\n## A heading",
-        "### One\n\n- **From:** a report\n- **It did:** harm\n- **Layer:** [ring](13c_ring.ipynb#a-heading)\n"
+        "### One\n\n- **From:** a report\n- **It did:** harm\n- **Layer:** [ring](13_ring.ipynb#a-heading)\n"
         "- **Guard:** `tests/test_old.py::test_here`",
-        "### Two\n\n- **From:** a report\n- **Layer:** [ring](13c_ring.ipynb#nowhere)\n"
+        "### Two\n\n- **From:** a report\n- **Layer:** [ring](13_ring.ipynb#nowhere)\n"
         "- **Guard:** `tests/test_a.py::test_not`",
         "| defect | it did | guard |\n|---|---|---|\n| Three | harm | `tests/test_old.py::test_here` |\n"
         "| Four | harm | nobody |",

@@ -13,7 +13,7 @@ from dilated_attention_nb.config import DilatedAttentionConfig, RingAttentionCon
 from dilated_attention_nb.dilated import DilatedAttention
 from dilated_attention_nb.improved import dilated_attention
 from dilated_attention_nb.kv_cache import DilatedKVCache, KVCache
-from dilated_attention_nb.ring import simulate_ring
+from dilated_attention_nb.ring_dilated import simulate_ring
 from dilated_attention_nb.testing import oracle_attention
 
 B, N = 2, 16
