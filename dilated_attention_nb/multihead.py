@@ -40,13 +40,13 @@ from dilated_attention_nb.config import (
     check_flag,
     check_heads,
     check_home,
+    check_memory,
     complaint,
     hint,
     readable,
 )
 from .dilated import DilatedAttention
 from .improved import ImprovedDilatedAttention
-from .memory_pool import check_memory
 from .ring import RingDilatedAttention
 from .ring_layer import RingLayer
 
