@@ -7,7 +7,7 @@ __all__ = ['BlockSparseRingDilatedAttention', 'block_sparse_ring_worker', 'block
 
 # %% ../nbs/10_block_sparse_ring.ipynb #a2c0819a
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -18,12 +18,14 @@ from .block_patterns import PatternCache
 from .block_sparse import BlockSparseAttention, check_sizes
 from .block_sparse_plan import Blocks, Job, Part, SparsePlan, SparseTask, make_sparse_plan, needed
 from .config import BlockSparseRingConfig
-from .memory_pool import UnifiedMemoryPool
 from .partial import merge_
 from .ring_layer import RingLayer, run_layer
 from .ring_moves import Traffic
 from .ring_schedule import Schedule
 from .sharding import Placement, check_split
+
+if TYPE_CHECKING:
+    from dilated_attention_nb.memory_pool import UnifiedMemoryPool
 
 # %% ../nbs/10_block_sparse_ring.ipynb #d04becf6
 class SparseWorker(Schedule):
@@ -141,7 +143,7 @@ class BlockSparseRingDilatedAttention(RingLayer):
         self,
         config: BlockSparseRingConfig,
         group: "dist.ProcessGroup | None" = None,
-        pool: UnifiedMemoryPool | None = None,  # lends buffers for messages; layers that take turns can share one
+        pool: "UnifiedMemoryPool | None" = None,  # lends buffers for messages; layers that take turns can share one
         overlap: bool = True,  # compute while messages travel
     ) -> None:
         super().__init__(config, group, pool, overlap)

@@ -8,7 +8,7 @@ __all__ = ['check_part', 'RingDilatedAttention', 'simulate_ring', 'ring_worker',
 # %% ../nbs/09_ring.ipynb #42f6392a
 from collections.abc import Sequence
 from math import inf
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .config import RingAttentionConfig, check_heads, check_int, check_unshifted, complaint
-from .memory_pool import UnifiedMemoryPool
 from .ring_layer import RingLayer, run_layer
 from .ring_moves import Event, Traffic
 from .ring_plan import Block, StripPlan, Task, make_plan, make_task
@@ -24,6 +23,9 @@ from .ring_schedule import Schedule
 from .ring_tiles import Guest, Own, Tiles
 from .sharding import gather_sequence as gather_sequence  # to be found here, too
 from .sharding import shard_sequence as shard_sequence
+
+if TYPE_CHECKING:
+    from dilated_attention_nb.memory_pool import UnifiedMemoryPool
 
 # %% ../nbs/09_ring.ipynb #220291ef
 class Worker(Schedule):
@@ -108,7 +110,7 @@ class RingDilatedAttention(RingLayer):
         self,
         config: RingAttentionConfig,
         group: "dist.ProcessGroup | None" = None,
-        pool: UnifiedMemoryPool | None = None,  # lends buffers for messages; layers that take turns can share one
+        pool: "UnifiedMemoryPool | None" = None,  # lends buffers for messages; layers that take turns can share one
         overlap: bool = True,  # compute while messages travel
         part: tuple[int, int] | None = None,  # (first query head, heads of the layer) if it is given some of them only
     ) -> None:

@@ -7,7 +7,7 @@ __all__ = ['RingLayer']
 
 # %% ../nbs/08e_ring_layer.ipynb #f16eb6d9
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -25,10 +25,12 @@ from dilated_attention_nb.config import (
     check_qkv,
     complaint,
 )
-from .memory_pool import UnifiedMemoryPool
 from .ring_moves import Buffers, Call, Event, Plan, Traffic, count_traffic
 from .ring_schedule import Attention, Runner, Schedule, Steps, Together
 from .sharding import GroupRef, Ring, Vote, default_group, gather_sequence, shard_sequence, stamp
+
+if TYPE_CHECKING:
+    from dilated_attention_nb.memory_pool import UnifiedMemoryPool
 
 # %% ../nbs/08e_ring_layer.ipynb #1937aa16
 def run_apart(ring: Ring, schedule: Steps, tag: int, vote: Vote) -> Any:
@@ -133,7 +135,7 @@ class RingLayer(ConfiguredModule):
         self,
         config: Any,  # a config_type
         group: "dist.ProcessGroup | None" = None,  # None: the default group; without one, this process alone
-        pool: UnifiedMemoryPool | None = None,  # lends buffers for messages; layers that take turns can share one
+        pool: "UnifiedMemoryPool | None" = None,  # lends buffers for messages; layers that take turns can share one
         overlap: bool = True,  # compute while messages travel
     ) -> None:
         super().__init__()

@@ -11,15 +11,17 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from math import inf
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .backends import finite_padding, tf32
-from .memory_pool import UnifiedMemoryPool
 from .ring_moves import Buffers, Event, Move
 from .sharding import Exchange, Message
+
+if TYPE_CHECKING:
+    from dilated_attention_nb.memory_pool import UnifiedMemoryPool
 
 # %% ../nbs/08d_ring_schedule.ipynb #5a0eb489
 Steps = Generator[Exchange | None, None, Any]
@@ -34,7 +36,7 @@ class Schedule:
         call: Any,  # a Call
         plan: Any,  # a Plan
         use_checkpointing: bool,
-        buffers: UnifiedMemoryPool | Buffers,
+        buffers: "UnifiedMemoryPool | Buffers",
         record: list[Event] | None = None,
         divisor: int = 1,  # of the output
     ) -> None:
