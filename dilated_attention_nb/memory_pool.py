@@ -37,7 +37,7 @@ class Kind(NamedTuple):
     nbytes: int
     key: Any = None
     pinned: bool = False
-    stream: Any = None  # of a GPU, on which work with the buffer is queued
+    stream: Any = None  # of a GPU, current when the buffer is lent
 
 
 class Block:
@@ -50,13 +50,12 @@ class Block:
         self.kind, self.used = kind, 0  # used: how many requests there had been when it came back
         self.alone = self.hands()  # what is counted when nobody else holds it
         self.tensor: Callable[[], Tensor | None] = lambda: None  # the last one over it, until it is emptied
-        self.event: Any = None  # the end of a GPU's work with page-locked memory
+        self.event: Any = None  # of a GPU, after which the memory is free
 
     def hands(self) -> tuple[int, int, int, bool]:
         "Tensors (views, aliases, saved ones) and Python names that hold the storage; its bytes, whether it is shared."
-        storage = self.memory.untyped_storage()
-        tensors, names = torch._C._storage_Use_Count(self.storage), sys.getrefcount(storage)
-        return tensors, names, storage.nbytes(), storage.is_shared()
+        own = self.memory.untyped_storage()
+        return torch._C._storage_Use_Count(self.storage), sys.getrefcount(own), own.nbytes(), own.is_shared()
 
     def lend(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         "A new tensor over the memory: not a view, without history, held weakly."
@@ -138,7 +137,7 @@ class Shelf:
         with self._lock:
             for block in [block for block in self._lent.values() if block.tensor() is None]:
                 self._count["dropped"] += 1
-                self._take_back(block)
+                self._take_back(block, block.kind.stream)
             yield
 
     def _take(self, kind: Kind) -> Block:
@@ -154,10 +153,11 @@ class Shelf:
         self._shrink(self.max_bytes - self._bytes_lent - kind.nbytes)
         return Block(kind, self.device)
 
-    def _take_back(self, block: Block) -> None:
-        "Keep the memory of a loan that is over, if it is as it was and there is room."
+    def _take_back(self, block: Block, stream: Any) -> None:
+        "Keep the memory of a loan that is over, if it is as it was and there is room. A GPU used it on `stream` last."
         self._bytes_lent -= self._lent.pop(block.storage).kind.nbytes
-        block.used, block.event = self._count["requests"], block.kind.pinned and block.kind.stream.record_event()
+        in_order = not block.kind.pinned and stream == block.kind.stream  # the host writes page-locked memory at once
+        block.used, block.event = self._count["requests"], None if in_order else stream.record_event()
         block.free()
         if block.hands()[2:] == block.alone[2:]:  # neither resized nor moved to shared memory
             self._kept.append(block)
@@ -167,8 +167,7 @@ class Shelf:
     def _shrink(self, room: int) -> None:
         "Let blocks go until at most `max_pool_size` are kept, in `room` bytes."
         while len(self._kept) > self.config.max_pool_size or (self._kept and self._bytes_kept > room):
-            block = first_to_go(self._kept, self._asked, self._count["requests"], self.config)
-            self._kept.remove(block)
+            self._kept.remove(block := first_to_go(self._kept, self._asked, self._count["requests"], self.config))
             self._bytes_kept -= block.kind.nbytes
             self._count["evictions"] += 1
 
@@ -203,7 +202,7 @@ class UnifiedMemoryPool(Shelf):
                 got = "another one, or one that was returned" if block is None else "a view or an alias of one"
                 advice = "return each tensor that get_buffer gave once, to its own pool"
                 raise ValueError(complaint("buffer", "be a tensor that this pool lent", got, advice))
-            self._take_back(block)
+            self._take_back(block, block.kind.stream and torch.cuda.current_stream(block.kind.stream.device))
 
     @contextmanager
     def buffer(self, *args: Any, **options: Any) -> Iterator[Tensor]:

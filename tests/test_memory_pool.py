@@ -963,44 +963,54 @@ def test_pinned_memory_needs_cuda_and_the_config(monkeypatch):
 class Stream:
     "A stream on which nothing runs, until its work is declared done."
 
-    done = False
+    device, done = CPU, False
 
     def record_event(self):
         return SimpleNamespace(query=lambda: self.done)
 
 
-def test_page_locked_memory_waits_for_its_stream(monkeypatch):
-    "The host writes at once, so what a GPU may still read isn't lent: neither what was returned nor what was dropped."
-    pool, stream, real = make(), Stream(), memory_pool.Block
+@pytest.mark.parametrize("pinned", [False, True])
+def test_memory_in_use_by_a_stream_waits(monkeypatch, pinned):
+    one, two = Stream(), Stream()
+    pool, real, now = make(), memory_pool.Block, [one]
 
-    def in_place_of_page_locked(kind, device):
+    def on_the_host(kind, device):
+        "In place of page-locked memory, or of a GPU's."
         block = real(Kind(kind.nbytes), device)
         block.kind = kind
         return block
 
-    monkeypatch.setattr(memory_pool, "Block", in_place_of_page_locked)
-    monkeypatch.setattr(memory_pool, "kind_of", lambda *request: Kind(4, None, True, stream))
-    first, second = (pool.get_buffer((4,), U8) for _ in range(2))
-    addresses = {first.data_ptr(), second.data_ptr()}
-    pool.return_buffer(first)
-    del second
-    others = [pool.get_buffer((4,), U8) for _ in range(2)]
-    assert addresses.isdisjoint(x.data_ptr() for x in others)
-    stream.done = True
-    assert {pool.get_buffer((4,), U8).data_ptr(), pool.get_buffer((4,), U8).data_ptr()} <= addresses
+    def get():
+        return pool.get_buffer((4,), U8)
 
-
-def test_memory_of_one_stream_is_not_lent_on_another(monkeypatch):
-    pool, stream = make(), ["one"]
-    monkeypatch.setattr(memory_pool, "kind_of", lambda *request: Kind(4, None, False, stream[0]))
-    first = pool.get_buffer((4,), U8)
+    monkeypatch.setattr(memory_pool, "Block", on_the_host)
+    monkeypatch.setattr(memory_pool, "kind_of", lambda *request: Kind(4, None, pinned, now[0]))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now[0])
+    first = get()
     address = first.data_ptr()
-    pool.return_buffer(first)
-    stream[0] = "two"
-    other = pool.get_buffer((4,), U8)
-    assert other.data_ptr() != address
-    stream[0] = "one"
-    assert pool.get_buffer((4,), U8).data_ptr() == address  # work is done in order there
+    pool.return_buffer(first)  # work may be queued on stream one
+    second = get()
+    assert (second.data_ptr() != address) == pinned  # in order on the same stream, but the host does not wait for it
+    now[0] = two
+    address = second.data_ptr()
+    pool.return_buffer(second)  # lent on one, used on two
+    other = get()
+    now[0] = one
+    third = get()
+    assert address not in (other.data_ptr(), third.data_ptr())
+    two.done = True
+    assert get().data_ptr() == address
+    dropped = get()  # of which only the stream that it was lent on is known
+    address = dropped.data_ptr()
+    now[0] = two
+    del dropped
+    pool.get_stats()
+    now[0] = one
+    more = [get()]
+    assert (more[0].data_ptr() != address) == pinned
+    one.done = True
+    more += [get() for _ in range(3)]
+    assert address in [x.data_ptr() for x in more]
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
