@@ -9,10 +9,10 @@ __all__ = ['LARGEST', 'MIXINGS', 'OFFSETS', 'RAGGED', 'BACKENDS', 'LAYER_BACKEND
            'check_number', 'check_positive', 'check_ratio', 'check_block_size', 'check_dropout', 'check_scale',
            'check_flag', 'nearest', 'check_choice', 'check_ints', 'check_branches', 'check_heads', 'valid_lengths',
            'check_length', 'row_shifts', 'check_unshifted', 'check_floats', 'check_alike', 'check_padding', 'check_qkv',
-           'check_device', 'check_dtype', 'check_home', 'check_placement', 'parse_json', 'Config', 'check_config',
-           'DilatedAttentionConfig', 'ConfiguredModule', 'check_head_dim', 'check_kv_heads', 'MultiheadConfig',
-           'RingAttentionConfig', 'SparseAttentionConfig', 'BlockSparseRingConfig', 'DistributedConfig',
-           'MemoryPoolConfig']
+           'check_device', 'check_dtype', 'check_home', 'check_placement', 'memory_limit', 'memory_pressure',
+           'check_memory', 'parse_json', 'Config', 'check_config', 'DilatedAttentionConfig', 'ConfiguredModule',
+           'check_head_dim', 'check_kv_heads', 'MultiheadConfig', 'RingAttentionConfig', 'SparseAttentionConfig',
+           'BlockSparseRingConfig', 'DistributedConfig', 'MemoryPoolConfig']
 
 # %% ../nbs/01_config.ipynb #3d0f6ed4
 import dataclasses
@@ -26,6 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, get_type_hints
 from weakref import WeakSet
 
@@ -440,6 +441,60 @@ def check_placement(name: str, x: Tensor, device: torch.device | None, dtype: to
     if device is not None and (x.device.type != device.type or device.index not in (None, x.device.index)):
         raise ValueError(complaint(name, f"be on {device} as the config says", x.device, "move it or set device=None"))
 
+# %% ../nbs/01_config.ipynb #0c1e3a02
+def _read(path: Path) -> str:
+    "The text of a file of the system's, empty where there is none."
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _meminfo(root: Path) -> dict[str, int]:
+    "The system's memory in bytes, by the names of /proc/meminfo."
+    rows = (line.split() for line in _read(root / "proc/meminfo").splitlines())
+    return {row[0].rstrip(":"): int(row[1]) * 1024 for row in rows if len(row) == 3}
+
+
+def memory_limit(device: torch.device, root: Path = Path("/")) -> int:
+    "The bytes that this process can have; 8 GiB where neither CUDA nor /proc tells."
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    limits = [str(_meminfo(root).get("MemTotal", 2**33))]
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, kinds, path = line.split(":", 2)
+        mount, name = ("cgroup/memory", "memory.limit_in_bytes") if kinds else ("cgroup", "memory.max")
+        if not kinds or "memory" in kinds.split(","):
+            parts = Path(path).parts[1:]
+            folders = (root.joinpath("sys/fs", mount, *parts[:i]) for i in range(len(parts) + 1))
+            limits += [_read(folder / name).strip() for folder in folders]
+    return min(int(limit) for limit in limits if limit.isdigit())
+
+
+def memory_pressure(device: torch.device, root: Path = Path("/")) -> float:
+    "The share of it that is taken; 0 where nothing tells. What PyTorch has cached on a GPU counts as free."
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return 1 - (free + cached) / total
+    info, pages = _meminfo(root), _read(root / "proc/self/statm").split()
+    system = 1 - info["MemAvailable"] / info["MemTotal"] if "MemAvailable" in info else 0.0
+    return max(system, int(pages[1]) * os.sysconf("SC_PAGE_SIZE") / memory_limit(device, root) if pages else 0.0)
+
+
+def check_memory(
+    name: str,
+    numbers: int,
+    device: torch.device | str | None = None,  # None: PyTorch's default
+    dtype: torch.dtype | None = None,  # None: PyTorch's default
+) -> None:
+    "A `ValueError` if so many numbers can't be in the memory of a device. Meta and fake tensors take none."
+    one = torch.empty(0, device=device, dtype=dtype)
+    needed = numbers * one.element_size()
+    if needed >= 2**30 and readable(one) and needed > (limit := memory_limit(one.device)):
+        rule, got = f"fit into the {limit / 2**30:,.1f} GiB of {one.device}", f"one of {needed / 2**30:,.1f} GiB"
+        raise ValueError(complaint(name, rule, got, "make it smaller"))
+
 # %% ../nbs/01_config.ipynb #8ce456a6
 _C = TypeVar("_C", bound="Config")
 
@@ -798,12 +853,14 @@ class MemoryPoolConfig(Config):
     "How many buffers a pool keeps, and which go first."
 
     max_pool_size: int = 100  # buffers kept at most
-    hot_cache_size: int = 50  # of these, at hand for the sizes asked for most; at most max_pool_size
-    enable_adaptive_cleanup: bool = True  # let unused buffers go early when memory is short
-    enable_pinned_memory: bool = True  # page-lock host buffers where there is CUDA
+    hot_cache_size: int = 50  # of these, spared while others can go: what is asked for most; at most max_pool_size
+    enable_adaptive_cleanup: bool = True  # let all that is kept go when memory is short
+    enable_pinned_memory: bool = True  # lend page-locked host buffers, too, where there is CUDA
     cleanup_threshold: int = 100  # requests between two clean-ups
-    eviction_policy: str = "lru"  # first goes the least recently ("lru") or frequently ("lfu") used, or "adaptive"
-    max_bytes: int | None = None  # bytes kept at most; None is an eighth of the device's memory
+    eviction_policy: str = (
+        "lru"  # first goes the least recently ("lru") or frequently ("lfu") used, or both ("adaptive")
+    )
+    max_bytes: int | None = None  # bytes kept and lent at most; None is an eighth of the device's memory
 
     def __post_init__(self) -> None:
         self._check(check_int, "max_pool_size", "cleanup_threshold", "max_bytes")

@@ -38,11 +38,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from .config import DistributedConfig, check_int, complaint
+from .config import DistributedConfig, check_int, complaint, memory_limit
 from .distributed import DistributedLongNet
 from .files import Lines, open_tensors, owned, read_json, sync_folder, write_file
 from .longnet import LongNet, LongNetConfig
-from .memory_pool import memory_limit
 from .multihead import KINDS
 from .ring import GroupRef
 from .sharded import Team, join_processes

@@ -25,6 +25,7 @@ from dilated_attention_nb.config import (
     check_home,
     check_int,
     check_ints,
+    check_memory,
     check_padding,
     check_positive,
     complaint,
@@ -33,7 +34,6 @@ from dilated_attention_nb.config import (
 )
 from .improved import Packing
 from .longnet import DEEPEST, LongNetConfig, LongNetEncoder, OnDisk, evaluating
-from .memory_pool import check_memory
 
 # %% ../nbs/20_gigapath.ipynb #a5a615c1
 def position_codes(

@@ -31,6 +31,7 @@ from dilated_attention_nb.config import (
     check_heads,
     check_int,
     check_kv_heads,
+    check_memory,
     check_qkv,
     check_scale,
     check_unshifted,
@@ -38,7 +39,6 @@ from dilated_attention_nb.config import (
 )
 from .improved import dilated_attention
 from .masking import branch_heads, grid_pairs
-from .memory_pool import check_memory
 from .partial import merge_
 
 # %% ../nbs/17_kv_cache.ipynb #368d8848

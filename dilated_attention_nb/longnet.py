@@ -45,6 +45,7 @@ from dilated_attention_nb.config import (
     check_heads,
     check_home,
     check_int,
+    check_memory,
     check_padding,
     check_positive,
     complaint,
@@ -53,7 +54,6 @@ from dilated_attention_nb.config import (
     shown,
 )
 from .improved import Packing
-from .memory_pool import check_memory
 from dilated_attention_nb.multihead import (
     ATTENTIONS,
     CONFIGS,

@@ -39,13 +39,13 @@ from dilated_attention_nb.config import (
     check_flag,
     check_heads,
     check_home,
+    check_memory,
     complaint,
     hint,
     readable,
 )
 from .dilated import DilatedAttention
 from .improved import ImprovedDilatedAttention
-from .memory_pool import check_memory
 from .ring_block_sparse import BlockSparseRingDilatedAttention
 from .ring_dilated import RingDilatedAttention
 from .ring_engine import RingLayer

@@ -8,7 +8,7 @@ __all__ = ['BlockSparseRingDilatedAttention', 'block_sparse_ring_worker', 'block
 # %% ../nbs/14_ring_block_sparse.ipynb #35e54f8e
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -18,10 +18,12 @@ from torch import Tensor
 from .block_patterns import BlockPattern, PatternCache
 from .block_sparse import BlockSparseAttention, check_sizes, sparse_backward_op, sparse_forward_op
 from .config import BlockSparseRingConfig
-from .memory_pool import UnifiedMemoryPool
 from .partial import merge_
 from .ring import Placement, check_split
 from .ring_engine import Call, Move, Parcel, Plan, RingLayer, Schedule, Traffic, journey, run_layer
+
+if TYPE_CHECKING:
+    from dilated_attention_nb.memory_pool import UnifiedMemoryPool
 
 # %% ../nbs/14_ring_block_sparse.ipynb #26345db2
 @dataclass(frozen=True)
@@ -321,7 +323,7 @@ class BlockSparseRingDilatedAttention(RingLayer):
         self,
         config: BlockSparseRingConfig,
         group: "dist.ProcessGroup | None" = None,
-        pool: UnifiedMemoryPool | None = None,  # lends buffers for messages; layers that take turns can share one
+        pool: "UnifiedMemoryPool | None" = None,  # lends buffers for messages; layers that take turns can share one
         overlap: bool = True,  # compute while messages travel
     ) -> None:
         super().__init__(config, group, pool, overlap)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,6 @@ from torch import Tensor
 from .backends import attend_backward, attend_forward
 from .config import RingAttentionConfig, check_heads, check_int, check_unshifted, complaint
 from .masking import Grid, branch_heads, clipped, kv_runs
-from .memory_pool import UnifiedMemoryPool
 from .partial import merge_
 from .ring import Placement, check_split
 from .ring import gather_sequence as gather_sequence
@@ -37,6 +36,9 @@ from dilated_attention_nb.ring_engine import (
     journey,
     run_layer,
 )
+
+if TYPE_CHECKING:
+    from dilated_attention_nb.memory_pool import UnifiedMemoryPool
 
 # %% ../nbs/13_ring_dilated.ipynb #0cbdc266
 @dataclass(frozen=True)
@@ -553,7 +555,7 @@ class RingDilatedAttention(RingLayer):
         self,
         config: RingAttentionConfig,
         group: "dist.ProcessGroup | None" = None,
-        pool: UnifiedMemoryPool | None = None,  # lends buffers for messages; layers that take turns can share one
+        pool: "UnifiedMemoryPool | None" = None,  # lends buffers for messages; layers that take turns can share one
         overlap: bool = True,  # compute while messages travel
         part: tuple[int, int] | None = None,  # (first query head, heads of the layer) if it is given some of them only
     ) -> None:

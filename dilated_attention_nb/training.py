@@ -50,6 +50,7 @@ from dilated_attention_nb.config import (
     check_device,
     check_int,
     check_ints,
+    check_memory,
     check_positive,
     complaint,
     parse_json,
@@ -68,7 +69,6 @@ from dilated_attention_nb.files import (
     write_tensors,
 )
 from .longnet import LongNet, LongNetConfig
-from .memory_pool import check_memory
 from .multihead import KINDS, Start, normal_start
 from .pretrained import check_fit
 from .sharded import Team, joined_team

@@ -48,8 +48,8 @@ LESSONS = {
     "plotting": {"training", "benchmarks"},
 }
 LEAVES = {"benchmarks"}  # nothing imports these
-TOOLS = 30  # from this number on: exported code of others imports them where they are used, in a function
-EVERYWHERE = {"files", "memory_pool"}  # tools that stand last because they are no step of the way
+TOOLS = 30  # from this number on: exported code of others imports them in a function, or for a type under TYPE_CHECKING
+EVERYWHERE = {"files"}  # a tool that stands last because it is no step of the way
 
 NUMBERED = re.compile(r"^(\d+)([a-z]?)_(\w+)\.ipynb$")  # a letter stands between two numbers: 07, 07b, 08
 DEFAULT_EXP = re.compile(r"^\s*#\|\s*default_exp\s+(\S+)", re.MULTILINE)

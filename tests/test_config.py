@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import pickle
 import subprocess
 import sys
@@ -45,16 +46,20 @@ from dilated_attention_nb.config import (
     check_heads,
     check_int,
     check_length,
+    check_memory,
     check_number,
     check_placement,
     check_qkv,
     check_scale,
+    memory_limit,
+    memory_pressure,
     valid_lengths,
 )
 from dilated_attention_nb.gigapath import GigaPathConfig, GigaPathSlideEncoder
 from dilated_attention_nb.longnet import LongNet, LongNetConfig, longnet_tiny
 from dilated_attention_nb.multihead import KINDS, create_dilated_attention, create_multihead_dilated_attention
 
+CPU = torch.device("cpu")
 NAN, INF = float("nan"), float("inf")
 BRANCHES = {"segment_lengths": (4, 8), "dilation_rates": (1, 2)}
 GOOD = {
@@ -681,3 +686,74 @@ def test_names_of_a_config_cannot_be_set_on_its_module(module):
             setattr(module, name, value)
     module.eval().note = 1  # anything else can be
     assert not module.training and module.note == 1 and type(copy.deepcopy(module)) is type(module)
+
+
+# ---------------------------------------------------------------- memory
+
+
+def system(root, files):
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+MEMINFO = "MemTotal:       1000 kB\nMemFree: 100 kB\nMemAvailable:    400 kB\nHugePages_Total:       0\n"
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def test_limits_of_the_system_and_its_control_groups(tmp_path):
+    assert memory_limit(CPU, system(tmp_path / "nothing", {"proc/x": ""})) == 2**33
+    root = system(tmp_path / "plain", {"proc/meminfo": MEMINFO, "proc/self/statm": "900 20 3 4"})
+    assert memory_limit(CPU, root) == 1000 * 1024
+    second = system(
+        root,
+        {
+            "proc/self/cgroup": "0::/a/b\n",
+            "sys/fs/cgroup/a/memory.max": "300000\n",
+            "sys/fs/cgroup/a/b/memory.max": "max\n",
+        },
+    )
+    assert memory_limit(CPU, second) == 300000  # that of the parent
+    first = system(
+        root,
+        {
+            "proc/self/cgroup": "5:cpu,memory:/c\n4:cpuset:/d\n0::/\n",
+            "sys/fs/cgroup/memory/c/memory.limit_in_bytes": "200000\n",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+            "sys/fs/cgroup/cpuset/d/memory.limit_in_bytes": "1\n",
+        },
+    )
+    assert memory_limit(CPU, first) == 200000
+    elsewhere = system(root, {"proc/self/cgroup": "0::/not/mounted/here\n", "sys/fs/cgroup/memory.max": "100000\n"})
+    assert memory_limit(CPU, elsewhere) == 100000  # as in containers
+
+
+def test_pressure_is_the_worse_of_process_and_system(tmp_path):
+    files = {"proc/meminfo": MEMINFO, "proc/self/statm": "900 20 3 4", "proc/self/cgroup": "0::/a\n"}
+    for pages, pressure in (
+        (200, 0.6),
+        (25, 0.8),
+    ):  # of the system, 400 of 1000 are available; the process has 20 pages
+        limit = {"sys/fs/cgroup/a/memory.max": f"{pages * PAGE}\n"}
+        assert memory_pressure(CPU, system(tmp_path / str(pages), files | limit)) == pressure
+    assert memory_pressure(CPU, tmp_path / "nothing") == 0
+    assert 0 < memory_pressure(CPU) < 1
+
+
+def test_gpu_memory_counts_what_pytorch_caches_as_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 700)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 400)
+    gpu = torch.device("cuda")
+    assert memory_limit(gpu) == 1000 and memory_pressure(gpu) == 0.6
+
+
+def test_what_cannot_fit_is_refused(monkeypatch):
+    monkeypatch.setattr("dilated_attention_nb.config.memory_limit", lambda device: 2**31)
+    with pytest.raises(
+        ValueError, match=r"a cache must fit into the 2.0 GiB of cpu, got one of 4.0 GiB; make it small"
+    ):
+        check_memory("a cache", 2**30, "cpu", torch.float32)
+    check_memory("a cache", 2**30, "cpu", torch.float16)
+    check_memory("a cache", 2**40, "meta")

@@ -898,7 +898,7 @@ def test_no_locks_in_a_forward_pass():
     """Acquisitions are counted, of every lock that a module has or meets: none where attention is computed.
 
     A module with a cache of patterns takes two locks a call, for the cache's dictionary and the pattern's future; a
-    ring that borrows its messages from a pool, three for each buffer; none is held while anything is computed.
+    ring that borrows its messages from a pool, two for each buffer; none is held while anything is computed.
     """
     q, k, v = make_qkv(1, 32, 4, 8)
     assert locks_taken(Locks, lambda m: m(q, k, v)) == [4, 4, 4]  # a lock that is already there is seen
@@ -909,7 +909,7 @@ def test_no_locks_in_a_forward_pass():
         fixed = isinstance(module, BlockSparseAttention) and not list(module.parameters())
         assert found[1:] == ([2, 2] if fixed else [0, 0]), (which, found)
     lent = locks_taken(UnifiedMemoryPool, lambda pool: pool.return_buffer(pool.get_buffer((4,), torch.float32)))
-    assert lent[1:] == [3, 3]  # two to lend it, before and after memory is found, one to take it back
+    assert lent[1:] == [2, 2]  # one to lend it, one to take it back
 
 
 def test_memory_info_before_and_after():
