@@ -409,7 +409,7 @@ def test_four_ranks():
     for said in zip(*(r["differ"] for r in results)):
         assert len(set(said)) == 1 and "the same on all ranks of a ring" in said[0] and "on rank 3" in said[0]
     names = [text.split(" must ")[0] for text in results[0]["differ"]]
-    assert names == ["is_causal", "config.seed", "config.sparsity_ratio", "the local length", "dtype", "the layer"]
+    assert names == ["is_causal", "config.seed", "config.density", "the local length", "dtype", "the layer"]
     multihead_held([r["heads"] for r in results])
 
 
