@@ -209,7 +209,7 @@ def generation() -> dict[str, Any]:
     "Every fixed pattern for n = 1,048,576 at block 128: seconds, and what the process's memory grew by at most."
     import block_sparse as this  # this file, under a name that another process can import
 
-    from dilated_attention_nb.config import SPARSE_PATTERNS
+    from dilated_attention_nb.block_patterns import SPARSE_PATTERNS
     from dilated_attention_nb.processes import peak_memory
 
     rows: list[dict[str, Any]] = []

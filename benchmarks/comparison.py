@@ -258,8 +258,8 @@ class Demo:
 
 def demos() -> dict[str, tuple[dict[str, Any], Callable[[], torch.nn.Module] | None]]:
     "What differs between the models: who sees whom, or the gradient."
-    from dilated_attention_nb.block_sparse import BlockSparseAttention
-    from dilated_attention_nb.config import DilatedAttentionConfig, SparseAttentionConfig
+    from dilated_attention_nb.block_sparse import BlockSparseAttention, SparseAttentionConfig
+    from dilated_attention_nb.config import DilatedAttentionConfig
     from dilated_attention_nb.training import DEFAULTS
 
     def gradient(exact: bool) -> Callable[[], torch.nn.Module]:

@@ -73,10 +73,9 @@ def rates(rank: int, world: int, shape: dict[str, Any], n: int) -> dict[str, flo
     import torch.distributed as dist
 
     from dilated_attention_nb.backends import attend
-    from dilated_attention_nb.config import RingAttentionConfig
     from dilated_attention_nb.improved import dilated_attention
     from dilated_attention_nb.longnet import LongNetConfig
-    from dilated_attention_nb.ring_dilated import simulate_ring
+    from dilated_attention_nb.ring_dilated import RingAttentionConfig, simulate_ring
     from dilated_attention_nb.scaling import attention_pairs
 
     model = LongNetConfig(**shape)
@@ -151,8 +150,7 @@ class Sent:
 
 def stepper(world: int, shape: dict[str, Any], n: int) -> tuple[Callable[[], Any], Any]:
     "A forward and backward pass over one sequence, and this rank's part; one process has the LongNet and no ring."
-    from dilated_attention_nb.config import DistributedConfig
-    from dilated_attention_nb.distributed import DistributedLongNet
+    from dilated_attention_nb.distributed import DistributedConfig, DistributedLongNet
     from dilated_attention_nb.longnet import LongNet, LongNetConfig
 
     torch.manual_seed(0)
@@ -232,9 +230,8 @@ def time_() -> dict[str, Any]:
 
 def bytes_() -> dict[str, Any]:
     "Bytes per rank in a step, by the formula, by the plan and as handed to gloo."
-    from dilated_attention_nb.config import RingAttentionConfig
     from dilated_attention_nb.longnet import LongNetConfig
-    from dilated_attention_nb.ring_dilated import traffic
+    from dilated_attention_nb.ring_dilated import RingAttentionConfig, traffic
     from dilated_attention_nb.scaling import Cluster, layer_bytes
 
     def rows() -> Iterator[dict[str, Any]]:

@@ -22,8 +22,7 @@ import torch
 
 from dilated_attention_nb import improved
 from dilated_attention_nb.benchmarks import environment, in_turn, medians, run_sections
-from dilated_attention_nb.config import MemoryPoolConfig
-from dilated_attention_nb.memory_pool import UnifiedMemoryPool
+from dilated_attention_nb.memory_pool import MemoryPoolConfig, UnifiedMemoryPool
 
 RESULTS = Path(__file__).with_name("memory_pool.json")
 

@@ -36,9 +36,9 @@ def make(kind: str, options: dict[str, Any]) -> Any:
 
     kinds: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         "dilated": (improved.ImprovedDilatedAttention, config.DilatedAttentionConfig),
-        "ring": (ring_dilated.RingDilatedAttention, config.RingAttentionConfig),
-        "block_sparse": (block_sparse.BlockSparseAttention, config.BlockSparseRingConfig),
-        "block_sparse_ring": (ring_block_sparse.BlockSparseRingDilatedAttention, config.BlockSparseRingConfig),
+        "ring": (ring_dilated.RingDilatedAttention, ring_dilated.RingAttentionConfig),
+        "block_sparse": (block_sparse.BlockSparseAttention, ring_block_sparse.BlockSparseRingConfig),
+        "block_sparse_ring": (ring_block_sparse.BlockSparseRingDilatedAttention, ring_block_sparse.BlockSparseRingConfig),
     }
     build, configure = kinds[kind]
     return build(configure(**options))

@@ -67,14 +67,14 @@ if TYPE_CHECKING:
     from dilated_attention_nb.transformers import replace_attention as replace_attention
     from dilated_attention_nb.config import DilatedAttentionConfig as DilatedAttentionConfig
     from dilated_attention_nb.config import MultiheadConfig as MultiheadConfig
-    from dilated_attention_nb.config import SparseAttentionConfig as SparseAttentionConfig
-    from dilated_attention_nb.config import RingAttentionConfig as RingAttentionConfig
-    from dilated_attention_nb.config import BlockSparseRingConfig as BlockSparseRingConfig
+    from dilated_attention_nb.block_sparse import SparseAttentionConfig as SparseAttentionConfig
+    from dilated_attention_nb.ring_dilated import RingAttentionConfig as RingAttentionConfig
+    from dilated_attention_nb.ring_block_sparse import BlockSparseRingConfig as BlockSparseRingConfig
     from dilated_attention_nb.longnet import LongNetConfig as LongNetConfig
     from dilated_attention_nb.gigapath import GigaPathConfig as GigaPathConfig
     from dilated_attention_nb.training import TrainingConfig as TrainingConfig
-    from dilated_attention_nb.config import DistributedConfig as DistributedConfig
-    from dilated_attention_nb.config import MemoryPoolConfig as MemoryPoolConfig
+    from dilated_attention_nb.distributed import DistributedConfig as DistributedConfig
+    from dilated_attention_nb.memory_pool import MemoryPoolConfig as MemoryPoolConfig
     from dilated_attention_nb.longnet import LongNet as LongNet
     from dilated_attention_nb.longnet import LongNetEncoder as LongNetEncoder
     from dilated_attention_nb.longnet import longnet_tiny as longnet_tiny
@@ -138,14 +138,14 @@ _HOME = {
     # configs
     "DilatedAttentionConfig": "config",
     "MultiheadConfig": "config",
-    "SparseAttentionConfig": "config",
-    "RingAttentionConfig": "config",
-    "BlockSparseRingConfig": "config",
+    "SparseAttentionConfig": "block_sparse",
+    "RingAttentionConfig": "ring_dilated",
+    "BlockSparseRingConfig": "ring_block_sparse",
     "LongNetConfig": "longnet",
     "GigaPathConfig": "gigapath",
     "TrainingConfig": "training",
-    "DistributedConfig": "config",
-    "MemoryPoolConfig": "config",
+    "DistributedConfig": "distributed",
+    "MemoryPoolConfig": "memory_pool",
     # models
     "LongNet": "longnet",
     "LongNetEncoder": "longnet",

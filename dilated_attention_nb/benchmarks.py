@@ -32,12 +32,12 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from .backends import attend
 from .block_patterns import block_pattern
 from .block_sparse import block_sparse_attention
-from .config import DilatedAttentionConfig, RingAttentionConfig, check_int, complaint
+from .config import DilatedAttentionConfig, check_int, complaint
 from .dilated import DilatedAttention
 from .files import read_json, write_file
 from .improved import dilated_attention
 from .masking import clipped, tiles
-from .ring_dilated import simulate_ring
+from .ring_dilated import RingAttentionConfig, simulate_ring
 
 # %% ../nbs/26_benchmarks.ipynb #761b4317
 def environment(device: str = "cpu") -> dict[str, Any]:

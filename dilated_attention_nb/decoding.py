@@ -16,14 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .backends import cast_like_autocast
-from dilated_attention_nb.config import (
-    check_config,
-    check_flag,
-    check_int,
-    check_number,
-    check_positive,
-    complaint,
-)
+from .config import check_config, check_flag, check_int, check_number, check_positive, complaint
 from .kv_cache import DilatedKVCache, KVCache
 from .longnet import LongNet, LongNetConfig, check_tokens, evaluating
 from .multihead import refuse_names

@@ -38,8 +38,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from .config import DistributedConfig, check_int, complaint, memory_limit
-from .distributed import DistributedLongNet
+from .config import check_int, complaint, memory_limit
+from .distributed import DistributedConfig, DistributedLongNet
 from .files import Lines, open_tensors, owned, read_json, sync_folder, write_file
 from .longnet import LongNet, LongNetConfig
 from .multihead import KINDS

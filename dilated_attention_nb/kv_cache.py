@@ -18,10 +18,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .backends import attend, attend_forward, cast_like_autocast, resolve_backend
+from .block_sparse import SparseAttentionConfig
 from dilated_attention_nb.config import (
     BACKENDS,
     DilatedAttentionConfig,
-    SparseAttentionConfig,
     check_choice,
     check_config,
     check_device,

@@ -23,19 +23,17 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .backends import count_operations
+from .block_patterns import BRANCHED_PATTERNS
+from .block_sparse import SparseAttentionConfig
 from dilated_attention_nb.config import (
     BACKENDS,
-    BRANCHED_PATTERNS,
     LARGEST,
     LAYER_BACKENDS,
     WIDEST,
-    BlockSparseRingConfig,
     Config,
     ConfiguredModule,
     DilatedAttentionConfig,
     MultiheadConfig,
-    RingAttentionConfig,
-    SparseAttentionConfig,
     by_new_names,
     check_choice,
     check_config,
@@ -68,6 +66,8 @@ from dilated_attention_nb.multihead import (
     resolve_kind,
     takes_documents,
 )
+from .ring_block_sparse import BlockSparseRingConfig
+from .ring_dilated import RingAttentionConfig
 
 # %% ../nbs/16_longnet.ipynb #5c75ec11
 _ELSEWHERE = {  # fields of a kind's config that aren't among a model's options, and what to do

@@ -23,15 +23,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
-from .block_sparse import BlockSparseAttention
+from .block_sparse import BlockSparseAttention, SparseAttentionConfig
 from dilated_attention_nb.config import (
-    BlockSparseRingConfig,
     Config,
     ConfiguredModule,
     DilatedAttentionConfig,
     MultiheadConfig,
-    RingAttentionConfig,
-    SparseAttentionConfig,
     by_new_names,
     check_choice,
     check_config,
@@ -46,8 +43,8 @@ from dilated_attention_nb.config import (
 )
 from .dilated import DilatedAttention
 from .improved import ImprovedDilatedAttention
-from .ring_block_sparse import BlockSparseRingDilatedAttention
-from .ring_dilated import RingDilatedAttention
+from .ring_block_sparse import BlockSparseRingConfig, BlockSparseRingDilatedAttention
+from .ring_dilated import RingAttentionConfig, RingDilatedAttention
 from .ring_engine import RingLayer
 
 # %% ../nbs/15_multihead.ipynb #b93db2c4

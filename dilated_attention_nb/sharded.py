@@ -27,13 +27,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from .block_sparse import BlockSparseAttention
-from .config import BlockSparseRingConfig, RingAttentionConfig, check_int, check_padding, complaint
+from .config import check_int, check_padding, complaint
 from .dilated import DilatedAttention
 from .improved import ImprovedDilatedAttention
 from .longnet import LongNet, LongNetConfig, Rotation, head_losses, make_rotation
 from .ring import GroupRef, Ring, destroyed, shard_sequence
-from .ring_block_sparse import BlockSparseRingDilatedAttention
-from .ring_dilated import RingDilatedAttention
+from .ring_block_sparse import BlockSparseRingConfig, BlockSparseRingDilatedAttention
+from .ring_dilated import RingAttentionConfig, RingDilatedAttention
 from .ring_engine import RingLayer
 
 # %% ../nbs/21b_sharded.ipynb #2009636a

@@ -24,11 +24,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from dilated_attention_nb import adaptive, backends, block_patterns, block_sparse, testing
 from dilated_attention_nb.adaptive import BlockScorer, block_shares, pooled
 from dilated_attention_nb.backends import attend
-from dilated_attention_nb.block_patterns import BlockPattern, PatternCache, block_pattern
-from dilated_attention_nb.block_sparse import BlockSparseAttention, block_sparse_attention
-from dilated_attention_nb.config import SPARSE_PATTERNS, BlockSparseRingConfig, SparseAttentionConfig
+from dilated_attention_nb.block_patterns import SPARSE_PATTERNS, BlockPattern, PatternCache, block_pattern
+from dilated_attention_nb.block_sparse import BlockSparseAttention, SparseAttentionConfig, block_sparse_attention
 from dilated_attention_nb.multihead import create_dilated_attention, create_multihead_dilated_attention
-from dilated_attention_nb.ring_block_sparse import BlockSparseRingDilatedAttention
+from dilated_attention_nb.ring_block_sparse import BlockSparseRingConfig, BlockSparseRingDilatedAttention
 from dilated_attention_nb.testing import (
     assert_batch_independent,
     assert_causal,

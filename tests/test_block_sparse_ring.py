@@ -10,26 +10,20 @@ import torch
 from hypothesis import given, settings
 from test_ring import PATIENCE, Counted, Pool, assert_padding_reaches_nobody, heads_at_a_time, holes, said_by_three
 
-from dilated_attention_nb.block_sparse import BlockSparseAttention, block_sparse_attention
-from dilated_attention_nb.config import (
-    RING_LAYOUTS,
-    RING_STRATEGIES,
-    SPARSE_PATTERNS,
-    BlockSparseRingConfig,
-    RingAttentionConfig,
-    SparseAttentionConfig,
-)
+from dilated_attention_nb.block_patterns import SPARSE_PATTERNS
+from dilated_attention_nb.block_sparse import BlockSparseAttention, SparseAttentionConfig, block_sparse_attention
 from dilated_attention_nb.multihead import create_dilated_attention, create_multihead_dilated_attention
 from dilated_attention_nb.processes import spawn_gloo
-from dilated_attention_nb.ring import gather_sequence, shard_sequence
+from dilated_attention_nb.ring import RING_LAYOUTS, RING_STRATEGIES, gather_sequence, shard_sequence
 from dilated_attention_nb.ring_block_sparse import (
+    BlockSparseRingConfig,
     BlockSparseRingDilatedAttention,
     block_sparse_ring_worker,
     block_sparse_traffic,
     make_sparse_plan,
     needed,
 )
-from dilated_attention_nb.ring_dilated import RingDilatedAttention
+from dilated_attention_nb.ring_dilated import RingAttentionConfig, RingDilatedAttention
 from dilated_attention_nb.testing import assert_batch_independent, assert_causal, make_qkv, saved_for_backward
 
 FIXED = tuple(kind for kind in SPARSE_PATTERNS if kind != "adaptive")

@@ -17,26 +17,18 @@ from conftest import drawn
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dilated_attention_nb.block_patterns import SPARSE_PATTERNS
+from dilated_attention_nb.block_sparse import SparseAttentionConfig
 from dilated_attention_nb.config import (
     BACKENDS,
-    DISTRIBUTED_BACKENDS,
-    EVICTION_POLICIES,
     FLOAT_DTYPES,
     MIXINGS,
     OFFSETS,
     RAGGED,
-    RING_LAYOUTS,
-    RING_STRATEGIES,
-    SPARSE_PATTERNS,
     WIDEST,
-    BlockSparseRingConfig,
     Config,
     DilatedAttentionConfig,
-    DistributedConfig,
-    MemoryPoolConfig,
     MultiheadConfig,
-    RingAttentionConfig,
-    SparseAttentionConfig,
     check_branches,
     check_choice,
     check_device,
@@ -55,9 +47,14 @@ from dilated_attention_nb.config import (
     memory_pressure,
     valid_lengths,
 )
+from dilated_attention_nb.distributed import DISTRIBUTED_BACKENDS, DistributedConfig
 from dilated_attention_nb.gigapath import GigaPathConfig, GigaPathSlideEncoder
 from dilated_attention_nb.longnet import LongNet, LongNetConfig, longnet_tiny
+from dilated_attention_nb.memory_pool import EVICTION_POLICIES, MemoryPoolConfig
 from dilated_attention_nb.multihead import KINDS, create_dilated_attention, create_multihead_dilated_attention
+from dilated_attention_nb.ring import RING_LAYOUTS, RING_STRATEGIES
+from dilated_attention_nb.ring_block_sparse import BlockSparseRingConfig
+from dilated_attention_nb.ring_dilated import RingAttentionConfig
 
 CPU = torch.device("cpu")
 NAN, INF = float("nan"), float("inf")

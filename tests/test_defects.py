@@ -32,22 +32,15 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from dilated_attention_nb import backends, block_sparse, dilated, improved, kv_cache, masking
 from dilated_attention_nb.backends import attend
 from dilated_attention_nb.block_patterns import BlockPattern, PatternCache
-from dilated_attention_nb.block_sparse import BlockSparseAttention, block_sparse_attention
-from dilated_attention_nb.config import (
-    BlockSparseRingConfig,
-    DilatedAttentionConfig,
-    MemoryPoolConfig,
-    MultiheadConfig,
-    RingAttentionConfig,
-    SparseAttentionConfig,
-)
+from dilated_attention_nb.block_sparse import BlockSparseAttention, SparseAttentionConfig, block_sparse_attention
+from dilated_attention_nb.config import DilatedAttentionConfig, MultiheadConfig
 from dilated_attention_nb.decoding import DilatedKVCache
 from dilated_attention_nb.dilated import DilatedAttention
 from dilated_attention_nb.improved import ImprovedDilatedAttention, dilated_attention
 from dilated_attention_nb.kv_cache import KVCache
 from dilated_attention_nb.longnet import LongNet, LongNetConfig
 from dilated_attention_nb.masking import attention_counts, causal_mask, head_groups, tiles
-from dilated_attention_nb.memory_pool import UnifiedMemoryPool
+from dilated_attention_nb.memory_pool import MemoryPoolConfig, UnifiedMemoryPool
 from dilated_attention_nb.multihead import (
     KINDS,
     MultiheadDilatedAttention,
@@ -55,8 +48,8 @@ from dilated_attention_nb.multihead import (
     create_multihead_dilated_attention,
 )
 from dilated_attention_nb.partial import math_backward
-from dilated_attention_nb.ring_block_sparse import BlockSparseRingDilatedAttention
-from dilated_attention_nb.ring_dilated import RingDilatedAttention, simulate_ring
+from dilated_attention_nb.ring_block_sparse import BlockSparseRingConfig, BlockSparseRingDilatedAttention
+from dilated_attention_nb.ring_dilated import RingAttentionConfig, RingDilatedAttention, simulate_ring
 from dilated_attention_nb.ring_engine import RingLayer, run_together
 from dilated_attention_nb.testing import assert_causal, check_against_oracle, make_qkv, oracle_attention
 

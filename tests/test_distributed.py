@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 
 from dilated_attention_nb import elastic
-from dilated_attention_nb.block_sparse import BlockSparseAttention
-from dilated_attention_nb.config import RING_LAYOUTS, DistributedConfig, RingAttentionConfig, SparseAttentionConfig
+from dilated_attention_nb.block_sparse import BlockSparseAttention, SparseAttentionConfig
 from dilated_attention_nb.distributed import (
+    DistributedConfig,
     DistributedLongNet,
     check_supported,
     make_mesh,
@@ -38,7 +38,8 @@ from dilated_attention_nb.elastic import Checkpoints, parse_elastic, train_elast
 from dilated_attention_nb.improved import dilated_attention
 from dilated_attention_nb.longnet import LongNet, LongNetEncoder, longnet_tiny
 from dilated_attention_nb.processes import spawn_gloo
-from dilated_attention_nb.ring_dilated import RingDilatedAttention
+from dilated_attention_nb.ring import RING_LAYOUTS
+from dilated_attention_nb.ring_dilated import RingAttentionConfig, RingDilatedAttention
 from dilated_attention_nb.sharded import LongNetShare, Team, group_backends, share_in_ring, share_worker
 from dilated_attention_nb.testing import make_qkv, saved_for_backward
 from dilated_attention_nb.training import NgramEmbedding, demo, read_corpus, read_metrics

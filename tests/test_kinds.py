@@ -8,8 +8,7 @@ import torch
 
 from dilated_attention_nb.backends import attend
 from dilated_attention_nb.block_patterns import block_pattern
-from dilated_attention_nb.block_sparse import block_sparse_attention
-from dilated_attention_nb.config import SparseAttentionConfig
+from dilated_attention_nb.block_sparse import SparseAttentionConfig, block_sparse_attention
 from dilated_attention_nb.decoding import generate
 from dilated_attention_nb.longnet import LongNet, LongNetConfig, longnet_tiny
 from dilated_attention_nb.multihead import KINDS

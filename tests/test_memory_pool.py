@@ -24,8 +24,8 @@ from hypothesis import given
 
 from dilated_attention_nb import block_patterns, memory_pool
 from dilated_attention_nb.block_patterns import PatternCache, block_pattern
-from dilated_attention_nb.config import EVICTION_POLICIES, MemoryPoolConfig, memory_limit, memory_pressure
-from dilated_attention_nb.memory_pool import Kind, UnifiedMemoryPool
+from dilated_attention_nb.config import memory_limit, memory_pressure
+from dilated_attention_nb.memory_pool import EVICTION_POLICIES, Kind, MemoryPoolConfig, UnifiedMemoryPool
 
 CPU = torch.device("cpu")
 F32, U8 = torch.float32, torch.uint8

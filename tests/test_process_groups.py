@@ -14,15 +14,14 @@ import torch
 import torch.distributed as dist
 from ending import KINDS
 
-from dilated_attention_nb.config import BlockSparseRingConfig, DistributedConfig, RingAttentionConfig
-from dilated_attention_nb.distributed import DistributedLongNet, WideNorm
+from dilated_attention_nb.distributed import DistributedConfig, DistributedLongNet, WideNorm
 from dilated_attention_nb.improved import dilated_attention
 from dilated_attention_nb.longnet import LongNet, longnet_tiny
 from dilated_attention_nb.multihead import create_multihead_dilated_attention
 from dilated_attention_nb.processes import spawn_gloo
 from dilated_attention_nb.ring import gather_sequence, shard_sequence
-from dilated_attention_nb.ring_block_sparse import BlockSparseRingDilatedAttention
-from dilated_attention_nb.ring_dilated import RingDilatedAttention, simulate_ring
+from dilated_attention_nb.ring_block_sparse import BlockSparseRingConfig, BlockSparseRingDilatedAttention
+from dilated_attention_nb.ring_dilated import RingAttentionConfig, RingDilatedAttention, simulate_ring
 from dilated_attention_nb.sharded import LongNetShare, MeanLoss
 from dilated_attention_nb.testing import make_qkv
 

@@ -19,13 +19,19 @@ import torch.distributed as dist
 from conftest import drawn, peak_of_tensors
 from hypothesis import given
 
-from dilated_attention_nb.config import RING_LAYOUTS, RING_STRATEGIES, BlockSparseRingConfig, RingAttentionConfig
 from dilated_attention_nb.improved import dilated_attention
 from dilated_attention_nb.memory_pool import UnifiedMemoryPool
 from dilated_attention_nb.processes import peak_memory, resident, spawn_gloo
-from dilated_attention_nb.ring import gather_sequence, shard_sequence
-from dilated_attention_nb.ring_block_sparse import BlockSparseRingDilatedAttention
-from dilated_attention_nb.ring_dilated import RingDilatedAttention, make_task, ring_worker, simulate_ring, traffic
+from dilated_attention_nb.ring import RING_LAYOUTS, RING_STRATEGIES, gather_sequence, shard_sequence
+from dilated_attention_nb.ring_block_sparse import BlockSparseRingConfig, BlockSparseRingDilatedAttention
+from dilated_attention_nb.ring_dilated import (
+    RingAttentionConfig,
+    RingDilatedAttention,
+    make_task,
+    ring_worker,
+    simulate_ring,
+    traffic,
+)
 from dilated_attention_nb.ring_engine import Call, Traffic
 from dilated_attention_nb.testing import (
     AttentionCase,

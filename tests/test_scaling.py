@@ -8,9 +8,8 @@ from conftest import drawn
 from hypothesis import given
 
 from dilated_attention_nb.benchmarks import dilated_pairs
-from dilated_attention_nb.config import RingAttentionConfig
 from dilated_attention_nb.longnet import LayerStack, longnet_tiny
-from dilated_attention_nb.ring_dilated import traffic
+from dilated_attention_nb.ring_dilated import RingAttentionConfig, traffic
 from dilated_attention_nb.scaling import (
     Cluster,
     attention_pairs,

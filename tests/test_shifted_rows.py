@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dilated_attention_nb import improved
-from dilated_attention_nb.config import DilatedAttentionConfig, RingAttentionConfig, row_shifts
+from dilated_attention_nb.config import DilatedAttentionConfig, row_shifts
 from dilated_attention_nb.decoding import LongNetCache
 from dilated_attention_nb.dilated import DilatedAttention
 from dilated_attention_nb.improved import ImprovedDilatedAttention, dilated_attention
 from dilated_attention_nb.kv_cache import DilatedKVCache, KVCache
 from dilated_attention_nb.longnet import LongNet, longnet_tiny
 from dilated_attention_nb.multihead import create_multihead_dilated_attention
-from dilated_attention_nb.ring_dilated import RingDilatedAttention, simulate_ring, traffic
+from dilated_attention_nb.ring_dilated import RingAttentionConfig, RingDilatedAttention, simulate_ring, traffic
 from dilated_attention_nb.testing import AttentionCase, check_against_oracle, make_qkv, oracle_attention
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "longnet_rates_that_do_not_divide.npz")

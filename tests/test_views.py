@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dilated_attention_nb.backends import attend
-from dilated_attention_nb.block_sparse import BlockSparseAttention
-from dilated_attention_nb.config import DilatedAttentionConfig, RingAttentionConfig, SparseAttentionConfig
+from dilated_attention_nb.block_sparse import BlockSparseAttention, SparseAttentionConfig
+from dilated_attention_nb.config import DilatedAttentionConfig
 from dilated_attention_nb.dilated import DilatedAttention
 from dilated_attention_nb.improved import dilated_attention
 from dilated_attention_nb.kv_cache import DilatedKVCache, KVCache
-from dilated_attention_nb.ring_dilated import simulate_ring
+from dilated_attention_nb.ring_dilated import RingAttentionConfig, simulate_ring
 from dilated_attention_nb.testing import oracle_attention
 
 B, N = 2, 16
