@@ -38,7 +38,10 @@ def make(kind: str, options: dict[str, Any]) -> Any:
         "dilated": (improved.ImprovedDilatedAttention, config.DilatedAttentionConfig),
         "ring": (ring_dilated.RingDilatedAttention, ring_dilated.RingAttentionConfig),
         "block_sparse": (block_sparse.BlockSparseAttention, ring_block_sparse.BlockSparseRingConfig),
-        "block_sparse_ring": (ring_block_sparse.BlockSparseRingDilatedAttention, ring_block_sparse.BlockSparseRingConfig),
+        "block_sparse_ring": (
+            ring_block_sparse.BlockSparseRingDilatedAttention,
+            ring_block_sparse.BlockSparseRingConfig,
+        ),
     }
     build, configure = kinds[kind]
     return build(configure(**options))

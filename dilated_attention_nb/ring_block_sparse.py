@@ -342,7 +342,7 @@ class BlockSparseRingDilatedAttention(RingLayer):
     """`BlockSparseAttention` over a sequence that is cut over the ranks of a ring. No parameters.
 
     Every rank calls it with its share, as `shard_sequence` makes it; shares are whole blocks. Rings are
-    `config.ring_size` consecutive ranks of `group` (None: the default group; without one, this process alone).
+    `ring_size` consecutive ranks of `group` (None: the default group; without one, this process alone).
     BigBird, Zaheer et al. 2020, arXiv:2007.14062, section 2; Ring Attention, Liu et al. 2023, arXiv:2310.01889.
     """
 

@@ -570,7 +570,7 @@ def check_part(part: tuple[int, int] | None, heads: int, kv_heads: int) -> None:
 class RingDilatedAttention(RingLayer):
     """`dilated_attention` over a sequence that is cut over the ranks of a ring. No parameters.
 
-    Every rank calls it with its share, as `shard_sequence` makes it. Rings are `config.ring_size` consecutive ranks of
+    Every rank calls it with its share, as `shard_sequence` makes it. Rings are `ring_size` consecutive ranks of
     `group` (None: the default group; without one, this process alone). LongNet, arXiv:2307.02486, section 3.1; Ring
     Attention, Liu et al. 2023, arXiv:2310.01889.
     """

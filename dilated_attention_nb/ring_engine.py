@@ -622,7 +622,7 @@ def bounded(cache: dict[Any, Any], size: int = 16) -> dict[Any, Any]:
 
 # %% ../nbs/12_ring_engine.ipynb #11a55fd5
 class RingLayer(ConfiguredModule):
-    """What layers share whose sequence is cut over a ring: `config.ring_size` consecutive ranks of `group`.
+    """What layers share whose sequence is cut over a ring: `ring_size` consecutive ranks of `group`.
 
     No parameters. Every rank calls it with its share, as `shard_sequence` makes it. Alone, it is one device.
     """

@@ -211,7 +211,7 @@ DILATIONS = {
     # A cache of one segment keeps the grid in slots: token i in slot (i mod w) // r.
     "_Branch.store": "slots of a cache",
     "read": "blocks at equal distances",
-    "_portions": "blocks at equal distances",
+    "_row_groups": "blocks at equal distances",
     # The fused kernel's plan is made of residues; no tensor is cut.
     "row_classes": "rows of the fused kernel that see the same keys",
     "class_table": "the same, numbered",
