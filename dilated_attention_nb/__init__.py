@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from dilated_attention_nb import block_patterns as block_patterns
     from dilated_attention_nb import block_sparse as block_sparse
     from dilated_attention_nb import block_sparse_ring as block_sparse_ring
+    from dilated_attention_nb import checkpoints as checkpoints
     from dilated_attention_nb import config as config
     from dilated_attention_nb import decoding as decoding
     from dilated_attention_nb import dilated as dilated
     from dilated_attention_nb import distributed as distributed
     from dilated_attention_nb import elastic as elastic
+    from dilated_attention_nb import embeddings as embeddings
     from dilated_attention_nb import files as files
     from dilated_attention_nb import gigapath as gigapath
     from dilated_attention_nb import improved as improved

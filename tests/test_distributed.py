@@ -35,13 +35,15 @@ from dilated_attention_nb.distributed import (
     steps_worker,
 )
 from dilated_attention_nb.elastic import Checkpoints, parse_elastic, train_elastic, training_tensors
+from dilated_attention_nb.embeddings import NgramEmbedding
 from dilated_attention_nb.improved import dilated_attention
 from dilated_attention_nb.longnet import LongNet, LongNetEncoder, longnet_tiny
+from dilated_attention_nb.pretrained import from_pretrained
 from dilated_attention_nb.processes import spawn_gloo
 from dilated_attention_nb.ring import RingDilatedAttention
 from dilated_attention_nb.sharded import LongNetShare, Team, group_backends, share_in_ring, share_worker
 from dilated_attention_nb.testing import make_qkv, saved_for_backward
-from dilated_attention_nb.training import NgramEmbedding, demo, read_corpus, read_metrics
+from dilated_attention_nb.training import demo, read_corpus, read_metrics
 
 TINY = longnet_tiny(tie_embeddings=False, num_kv_heads=2)
 SP = {"sequence_parallel": True}
@@ -546,6 +548,69 @@ def test_training_goes_on_with_another_number_of_ranks(tmp_path, before, after):
     for rest, whole in found:
         assert len(rest) == len(whole) == 8 and worst(rest, whole) < bound(whole)
     assert [n for _, n in steps_taken(tmp_path / "cut")] == [ranks] * 4 + [others] * 4
+
+
+def generated_worker(rank, world, folder):
+    "On ranks that each have a part, the model of an elastic run: what one process makes of it, and of the whole."
+    torch.manual_seed(0)
+    losses = elastic_worker(rank, world, DistributedConfig(**SP, **FSDP), folder, 4)
+    dist.barrier()
+    return losses, sorted(os.listdir(folder))
+
+
+def test_what_ranks_wrote_is_a_model_for_one_process(tmp_path):
+    "`from_pretrained` and `generate` on the folder, on a checkpoint, and on the folder of a run that has not ended."
+    folder = tmp_path / "run"
+    (_, names), _ = spawn_gloo(generated_worker, 2, str(folder))
+    assert names == ["config.json", "losses.jsonl", "model.safetensors", "step-00000002", "step-00000004"]
+    torch.manual_seed(0)
+    alone, prompt = LongNet(TINY).double(), torch.arange(9)[None]  # the same steps, without anything distributed
+    optimizer, tokens = torch.optim.AdamW(alone.parameters(), lr=1e-3), (torch.arange(5000) * 37 % 251).short()
+    for step in range(4):
+        alone(*elastic.step_batch(tokens, 64, 4, step, 0)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = [LongNet.from_pretrained(folder), from_pretrained(folder / "step-00000004")]
+    for name in ("model.safetensors", "config.json"):  # as if it had been killed before these were written
+        (folder / name).unlink()
+    found.append(from_pretrained(folder))
+    for model in found:
+        assert model.config == alone.config and not model.training
+        assert all((x - y).abs().max() < 1e-6 for x, y in zip(model.parameters(), alone.parameters()))
+        assert torch.equal(model.generate(prompt, 6, 0.0), found[0].generate(prompt, 6, 0.0))
+    continued = found[0].generate(prompt, 1, 0.0)[0, 0]
+    assert continued == found[0](prompt)[0, -1].argmax()
+    with pytest.raises(ValueError, match="holds a LongNet, not a LongNetEncoder"):
+        LongNetEncoder.from_pretrained(folder)
+    next((folder / "step-00000004").glob("*.safetensors")).write_bytes(b"")
+    with pytest.warns(UserWarning, match="step-00000004 is passed over"):
+        older = from_pretrained(folder)
+    assert not torch.equal(older.head_weight, found[0].head_weight)
+    with pytest.raises(ValueError, match="truncated"):
+        from_pretrained(folder / "step-00000004")
+    (folder / "step-00000002/about.json").write_text("{}")
+    with pytest.warns(UserWarning, match="passed over"), pytest.raises(ValueError, match="no other checkpoint"):
+        from_pretrained(folder)
+
+
+def test_more_steps_take_the_model_of_fewer_away(tmp_path):
+    (seen,) = spawn_gloo(ended_twice_worker, 1, str(tmp_path / "run"))
+    assert seen == [[4, True], [5, False], [6, True]]
+
+
+def ended_twice_worker(rank, world, folder):
+    "Steps taken, and whether a model is there: after four of four, after the fifth of six, after six of six."
+    elastic_worker(rank, world, DistributedConfig(), folder, 4)
+    model, seen = Path(folder, "model.safetensors"), [[4, Path(folder, "model.safetensors").exists()]]
+    compute = DistributedLongNet.loss_and_gradients
+
+    def looking(self, *batch):
+        seen[1:] = [[5, model.exists()]]
+        return compute(self, *batch)
+
+    DistributedLongNet.loss_and_gradients = looking
+    elastic_worker(rank, world, DistributedConfig(), folder, 6)
+    return [*seen, [6, model.exists()]]
 
 
 def frozen_worker(rank, world, folder):

@@ -19,13 +19,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from dilated_attention_nb import training
+from dilated_attention_nb.embeddings import NgramEmbedding
 from dilated_attention_nb.files import open_tensors, owned, write_file, write_tensors
-from dilated_attention_nb.longnet import LongNetConfig
+from dilated_attention_nb.longnet import LongNet, LongNetConfig, LongNetEncoder
+from dilated_attention_nb.pretrained import from_pretrained
 from dilated_attention_nb.training import (
     SEPARATOR,
     SKIPPED,
     VOCAB,
-    NgramEmbedding,
     TrainingConfig,
     bits_per_byte,
     held_out,
@@ -51,8 +52,9 @@ from dilated_attention_nb.training import (
 
 LONG = 1200  # seconds: a bound for processes that hang, far beyond what a busy machine needs
 ROOT = Path(__file__).resolve().parent.parent
-TINY = LongNetConfig(32, 1, 2, (64, 256), (1, 4), vocab_size=VOCAB, position="rope", tie_embeddings=False, bias=False)
-CONFIG = TrainingConfig(TINY, "", ((64, 6), (256, 4)), context=256, ngram_rows=256)
+OWN = dict(vocab_size=VOCAB, position="rope", tie_embeddings=False, bias=False, ngrams=(2, 3, 4, 5, 6), ngram_rows=256)
+TINY = LongNetConfig(32, 1, 2, (64, 256), (1, 4), **OWN)
+CONFIG = TrainingConfig(TINY, "", ((64, 6), (256, 4)), context=256)
 SIZE = "--context 256 --width 32 --layers 1 --segments 64 256 --rates 1 4 --eval-bytes 2048 --device cpu".split()
 
 
@@ -135,6 +137,78 @@ def test_a_run_can_be_loaded(whole):
     assert config.digest == corpus.digest
     found = bits_per_byte(model, config, corpus.held[: results["held_bytes"] + 1], 256)
     assert found == pytest.approx(results["bits_per_byte"], rel=0.02)
+
+
+def as_in_0_1(about):
+    "What version 0.1 wrote into config.json, and beside tensors."
+    model, training = dict(about["config"]), about["training"]
+    ngrams = {name: model.pop(name) for name in ("ngrams", "ngram_rows")}
+    return json.dumps({"model": model, **training, **ngrams})
+
+
+def test_the_demos_model_is_a_model_on_disk(whole, tmp_path):
+    "`from_pretrained` takes the folder, `generate` works on it, and what is saved again is the same."
+    (run, _, _), prompt = whole, torch.arange(97, 122)[None]
+    model, config = load_run(run)
+    for again in (from_pretrained(run), LongNet.from_pretrained(run)):
+        assert type(again) is LongNet and again.config == config.model and not again.training
+        for (name, x), y in zip(again.state_dict().items(), model.state_dict().values()):
+            assert torch.equal(x, y), name
+        assert torch.equal(again(prompt), model(prompt))
+        assert torch.equal(again.generate(prompt, 20, seed=3), model.generate(prompt, 20, seed=3))
+    greedy = again.generate(prompt, 3, 0.0)[0]  # against the whole sequence read again for each token
+    for i in range(3):
+        text = torch.cat((prompt, greedy[None, :i]), 1)
+        assert greedy[i] == again(text)[0, -1].argmax()
+    again.save_pretrained(tmp_path)
+    assert torch.equal(from_pretrained(tmp_path)(prompt), model(prompt))
+    with pytest.raises(ValueError, match="holds a LongNet, not a LongNetEncoder"):
+        LongNetEncoder.from_pretrained(run)
+
+
+def test_a_run_of_version_0_1_is_read(whole, tmp_path):
+    run = tmp_path / "old"
+    run.mkdir()
+    about = json.loads((whole[0] / "config.json").read_text())
+    about["config"] = TrainingConfig.from_dict(about).model.to_dict()  # 0.1 left nothing out
+    (run / "config.json").write_text(as_in_0_1(about))
+    save_file(load_file(whole[0] / "model.safetensors"), run / "model.safetensors", {"config": as_in_0_1(about)})
+    model, config = load_run(run)
+    wanted, same = load_run(whole[0])
+    assert config == same and all(torch.equal(x, y) for x, y in zip(model.parameters(), wanted.parameters()))
+
+
+def test_the_model_of_an_unfinished_run_is_that_of_its_checkpoint(stopped):
+    config = TrainingConfig.from_json((stopped / "config.json").read_text())
+    model = make_model(config)
+    load_checkpoint(stopped / "checkpoint.safetensors", config, model, make_optimizers(model, config))
+    again = LongNet.from_pretrained(stopped)
+    assert again.config == config.model and not again.training
+    assert all(torch.equal(x, y) for x, y in zip(again.parameters(), model.parameters()))
+    assert len(again.generate(torch.arange(9)[None], 5)[0]) == 5
+    with pytest.raises(ValueError, match="holds a LongNet, not a LongNetEncoder"):
+        LongNetEncoder.from_pretrained(stopped)
+
+
+def without_checkpoint(run):
+    (run / "checkpoint.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda run: truncate(run), "checkpoint.safetensors can't be read.*truncated"),
+        (lambda run: flipped(run), "checkpoint.safetensors is damaged"),
+        (lambda run: broken_config(run), "config.json is no JSON"),
+        (lambda run: other_config(run), "config.json must be the one that checkpoint.safetensors was saved with"),
+        (lambda run: other_model(run), "checkpoint.safetensors doesn't fit this LongNet: .*tables"),
+        (without_checkpoint, "has no model.safetensors, nor a checkpoint: a run saves its first"),
+    ],
+)
+def test_a_damaged_unfinished_run_is_no_model(damage, says, stopped):
+    damage(stopped)
+    with pytest.raises((ValueError, FileNotFoundError), match=says):
+        LongNet.from_pretrained(stopped)
 
 
 def interrupted(words, out, number, rows):
@@ -246,7 +320,7 @@ def stopped(words, tmp_path):
         rows.append(
             {"step": step, "context": 64, "bytes": 64 * step + 64, "bits_per_byte": bits, "rate": 1, "seconds": 1}
         )
-    write_file(run / "config.json", config.to_json())
+    write_file(run / "config.json", config.described())
     write_file(run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     save_checkpoint(run / "checkpoint.safetensors", config, model, optimizers, 3)
     return run
@@ -263,12 +337,12 @@ def empty(run):
 
 def other_config(run):
     config = TrainingConfig.from_json((run / "config.json").read_text())
-    write_file(run / "config.json", replace(config, seed=7).to_json())
+    write_file(run / "config.json", replace(config, seed=7).described())
 
 
 def other_model(run):
     config = TrainingConfig.from_json((run / "config.json").read_text())
-    other = replace(config, ngram_rows=512)
+    other = replace(config, model=replace(config.model, ngram_rows=512))
     model = make_model(other)
     save_checkpoint(run / "checkpoint.safetensors", config, model, make_optimizers(model, other), 3)
 
@@ -280,7 +354,7 @@ def broken_config(run):
 def stepless(run):
     config = TrainingConfig.from_json((run / "config.json").read_text())
     tensors = load_file(run / "checkpoint.safetensors")
-    save_file(tensors, run / "checkpoint.safetensors", {"config": config.to_json()})
+    save_file(tensors, run / "checkpoint.safetensors", {"config": config.described()})
 
 
 def stored_as(run, step=None, change=dict):
@@ -355,7 +429,7 @@ def rows_of_something_else(run):
 
 def absurd_model(run):
     values = json.loads((run / "config.json").read_text())
-    values["model"]["num_layers"] = 10**9
+    values["config"]["num_layers"] = 10**9
     (run / "config.json").write_text(json.dumps(values))
 
 
@@ -365,14 +439,14 @@ def deep_config(run):
 
 def wrong_type(run):
     values = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(values | {"seed": "zero"}))
+    (run / "config.json").write_text(json.dumps(values | {"training": values["training"] | {"seed": "zero"}}))
 
 
 def other_device(run):
     if torch.cuda.is_available():
         pytest.skip("CUDA is there")
     config = TrainingConfig.from_json((run / "config.json").read_text())
-    write_file(run / "config.json", replace(config, device="cuda").to_json())
+    write_file(run / "config.json", replace(config, device="cuda").described())
 
 
 def broken_metrics(run):
@@ -381,12 +455,12 @@ def broken_metrics(run):
 
 def unknown_field(run):
     values = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(values | {"sed": 1}))
+    (run / "config.json").write_text(json.dumps(values | {"training": values["training"] | {"sed": 1}}))
 
 
 def other_text(run):
     config = TrainingConfig.from_json((run / "config.json").read_text())
-    write_file(run / "config.json", replace(config, digest="0" * 64).to_json())
+    write_file(run / "config.json", replace(config, digest="0" * 64).described())
 
 
 def no_config(run):
@@ -485,8 +559,9 @@ def test_a_run_that_is_damaged_after_its_end_is_not_loaded(whole, tmp_path):
         with pytest.raises(ValueError, match="model.safetensors|config.json"):
             load_run(run)
     (run / "model.safetensors").write_bytes(weights)
-    for field, value in {"seed": 7, "ngram_rows": 2**30}.items():
-        (run / "config.json").write_text(json.dumps(json.loads(config) | {field: value}))
+    for part, other in (("training", {"seed": 7}), ("config", {"rope_base": 5.0})):
+        about = json.loads(config)
+        (run / "config.json").write_text(json.dumps(about | {part: about[part] | other}))
         with pytest.raises(ValueError, match="config.json must be the one that model.safetensors was saved with"):
             load_run(run)
     (run / "config.json").write_text("{")
@@ -656,7 +731,7 @@ def test_an_empty_name_is_not_resumed(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("dtype", "float8"), ("device", "abacus"), ("ngram_rows", 0), ("seed", 2**63), ("model", {"embed_dim": 32})],
+    [("dtype", "float8"), ("device", "abacus"), ("context", 3), ("seed", 2**63), ("model", {"embed_dim": 32})],
 )
 def test_a_configuration_is_checked(field, value):
     with pytest.raises((TypeError, ValueError), match=field):
