@@ -218,6 +218,7 @@ class Demo:
         from dilated_attention_nb.longnet import LongNetConfig
         from dilated_attention_nb.training import (
             DEFAULTS,
+            NGRAMS,
             VOCAB,
             TrainingConfig,
             fast_dtype,
@@ -229,7 +230,7 @@ class Demo:
         wanted = {"segment_lengths": DEFAULTS["segments"], "dilation_rates": DEFAULTS["rates"]} | shape
         model_config = LongNetConfig(
             DEFAULTS["width"], DEFAULTS["layers"], DEFAULTS["heads"], vocab_size=VOCAB, position="rope",
-            tie_embeddings=False, bias=False, **wanted,
+            tie_embeddings=False, bias=False, ngrams=NGRAMS, **wanted,
         )  # fmt: skip
         self.corpus = read_corpus()
         self.config = TrainingConfig(
