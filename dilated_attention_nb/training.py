@@ -68,7 +68,7 @@ from dilated_attention_nb.files import (
 from .longnet import LongNet, LongNetConfig
 from .memory_pool import check_memory
 from .multihead import KINDS
-from .pretrained import as_described, described, save_pretrained
+from .pretrained import as_described, config_text, save_pretrained
 from .sharded import Team, joined_team
 
 # %% ../nbs/22_training.ipynb #8dc5ccd1
@@ -235,7 +235,7 @@ class TrainingConfig(Config):
     def described(self) -> str:
         "What `config.json` of a run says: as `save_pretrained` does, and how the model is trained."
         values = self.to_dict()
-        return described(self.model, training={name: value for name, value in values.items() if name != "model"})
+        return config_text(self.model, training={name: value for name, value in values.items() if name != "model"})
 
     @classmethod
     def from_dict(cls, values: Any) -> Self:

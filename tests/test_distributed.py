@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from dilated_attention_nb import elastic
 from dilated_attention_nb.block_sparse import BlockSparseAttention
-from dilated_attention_nb.checkpoints import step_folders
+from dilated_attention_nb.checkpoints import signature, step_folders
 from dilated_attention_nb.config import RING_LAYOUTS, DistributedConfig, RingAttentionConfig, SparseAttentionConfig
 from dilated_attention_nb.distributed import (
     DistributedLongNet,
@@ -648,18 +648,20 @@ def armed(part, optimizer, folder):
     ran = [proofs[0].exists()]
     torch.distributed.checkpoint.FileSystemReader(path).read_metadata()
     ran.append(proofs[0].exists())  # it was a live one
+    text = (path / "about.json").read_text()
+    about = json.loads(text)
+    about["config"]["num_layers"] = 3
+    (path / "about.json").write_text(json.dumps(about | {"sha256": signature(about)}))
+    try:
+        other = f"loaded {Checkpoints(folder).load(part, optimizer)}"
+    except ValueError as error:
+        other = str(error)
+    (path / "about.json").write_text(text)
     next(path.glob("*.safetensors")).write_bytes(pickle.dumps(Bomb(str(proofs[1]))))
     try:
         said = f"loaded {Checkpoints(folder).load(part, optimizer)}"
     except ValueError as error:
         said = str(error)
-    about = json.loads((path / "about.json").read_text())
-    about["config"]["num_layers"] = 3
-    (path / "about.json").write_text(json.dumps(about))
-    try:
-        other = f"loaded {Checkpoints(folder).load(part, optimizer)}"
-    except ValueError as error:
-        other = str(error)
     return {"loaded": loaded, "ran": [*ran, proofs[1].exists()], "said": said, "other": other}
 
 
