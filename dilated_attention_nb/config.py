@@ -575,7 +575,8 @@ class ConfiguredModule(nn.Module):
         own = name in vars(self) or any(
             name in vars(self).get(part, ()) for part in ("_parameters", "_buffers", "_modules")
         )
-        if name in configs or (not own and any(name in c.__dataclass_fields__ for c in configs.values())):
+        known = {OLD_NAMES.get(name, name), name}
+        if name in configs or (not own and any(known & c.__dataclass_fields__.keys() for c in configs.values())):
             advice = "make another module of another config, and load this one's state_dict"
             raise AttributeError(complaint(name, "be chosen when the module is made", shown(value), advice))
         super().__setattr__(name, value)
@@ -702,11 +703,6 @@ class SparseAttentionConfig(DilatedAttentionConfig):
     def sparsity_ratio(self) -> float:
         "What `density` was called before: the share that is *kept*."
         return self.density
-
-    def to_dict(self) -> dict[str, Any]:
-        "The fields in JSON's types; `density` by its old name, so that version 0.1 reads them too."
-        old_names = {new: old for old, new in OLD_NAMES.items()}
-        return {old_names.get(name, name): value for name, value in super().to_dict().items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         "Of pickles, those of version 0.1 too."
