@@ -280,7 +280,8 @@ def error() -> dict[str, Any]:
         block_sparse_attention,
         scorer_loss,
     )
-    from dilated_attention_nb.training import load_run, read_corpus
+    from dilated_attention_nb.corpus import read_corpus
+    from dilated_attention_nb.runs import load_run
 
     if not RUN:
         raise SystemExit("pass --run with the folder of a trained run, as runs/longnet from `make demo`")

@@ -39,6 +39,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from .checkpoints import ABOUT, check_checkpoint, file_digest, signature, step_folders
 from .config import DistributedConfig, check_int, complaint
+from .corpus import VOCAB, read_corpus
 from .distributed import DistributedLongNet
 from .files import Lines, owned, sync_folder, write_file
 from .longnet import LongNet, LongNetConfig
@@ -47,7 +48,7 @@ from .multihead import KINDS
 from .pretrained import from_pretrained, save_pretrained
 from .sharded import Team, join_processes
 from .sharding import GroupRef
-from .training import VOCAB, attention_fields, check_room, mixed_seed, noted_signals, read_corpus
+from .training import check_room, mixed_seed
 
 # %% ../nbs/23b_elastic.ipynb #ae11f46b
 def training_tensors(part: DistributedLongNet, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -383,6 +384,8 @@ def parse_elastic(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def elastic_configs(given: argparse.Namespace) -> tuple[LongNetConfig, DistributedConfig]:
     "What the options mean."
+    from dilated_attention_nb.command import attention_fields
+
     model = LongNetConfig(
         given.width, given.layers, given.heads, tuple(given.segments), tuple(given.rates),
         vocab_size=VOCAB, position="rope", tie_embeddings=False, bias=True,
@@ -402,6 +405,8 @@ def elastic_configs(given: argparse.Namespace) -> tuple[LongNetConfig, Distribut
 # %% ../nbs/23b_elastic.ipynb #288f5fbe
 def elastic_main(argv: Sequence[str] | None = None) -> int:  # the exit status: 0, 2, or 128 + the signal's number
     "What `torchrun ... -m dilated_attention_nb.elastic` does; 2 is for bad input."
+    from dilated_attention_nb.command import noted_signals
+
     given = parse_elastic(argv)
     try:
         model, config = elastic_configs(given)

@@ -24,7 +24,9 @@ import torch.distributed as dist
 from dilated_attention_nb import elastic
 from dilated_attention_nb.block_sparse import BlockSparseAttention
 from dilated_attention_nb.checkpoints import signature, step_folders
+from dilated_attention_nb.command import demo
 from dilated_attention_nb.config import RING_LAYOUTS, DistributedConfig, RingAttentionConfig, SparseAttentionConfig
+from dilated_attention_nb.corpus import read_corpus
 from dilated_attention_nb.distributed import (
     DistributedLongNet,
     check_supported,
@@ -42,9 +44,9 @@ from dilated_attention_nb.longnet import LongNet, LongNetEncoder, longnet_tiny
 from dilated_attention_nb.pretrained import from_pretrained
 from dilated_attention_nb.processes import spawn_gloo
 from dilated_attention_nb.ring import RingDilatedAttention
+from dilated_attention_nb.runs import read_metrics
 from dilated_attention_nb.sharded import LongNetShare, Team, group_backends, share_in_ring, share_worker
 from dilated_attention_nb.testing import make_qkv, saved_for_backward
-from dilated_attention_nb.training import demo, read_corpus, read_metrics
 
 TINY = longnet_tiny(tie_embeddings=False, num_kv_heads=2)
 SP = {"sequence_parallel": True}
@@ -876,14 +878,14 @@ def test_a_signal_ends_an_elastic_run_with_a_checkpoint(tmp_path, monkeypatch, c
 
 DEAD_LEARNER = """
 import os, signal, sys
-from dilated_attention_nb import training
-real = training.train_step
+from dilated_attention_nb import command, runs
+real = runs.train_step
 def dying(model, optimizers, config, tokens, step):
     if (os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"], step) == ("0", "1", 6):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(model, optimizers, config, tokens, step)
-training.train_step = dying
-sys.exit(training.demo())
+runs.train_step = dying
+sys.exit(command.demo())
 """
 
 
@@ -959,7 +961,7 @@ def test_flags_of_the_guide_exist():
 
     from torch.distributed.run import get_args_parser
 
-    from dilated_attention_nb.training import parse
+    from dilated_attention_nb.command import parse
 
     lines = guide_lines()
     assert len(lines) == 7
