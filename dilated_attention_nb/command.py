@@ -219,7 +219,8 @@ def start_run(
     config = TrainingConfig(
         described_model(given), corpus.digest, (), given["text"] and str(Path(given["text"]).expanduser().resolve()),
         given["context"], given["seed"], eval_bytes=given["eval_bytes"], device=device,
-        dtype=given["dtype"] or fast_dtype(device), rows=given["data_parallel"] if given["rows"] is None else given["rows"],
+        dtype=given["dtype"] or fast_dtype(device),
+        rows=given["data_parallel"] if given["rows"] is None else given["rows"],
         **{name: given[name] for name in ("sequence_parallel", "data_parallel", "clip")},
     )  # fmt: skip
     check_start(config, corpus)

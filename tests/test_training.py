@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from dilated_attention_nb import command
+from dilated_attention_nb import command, runs
 from dilated_attention_nb.command import launched_run
 from dilated_attention_nb.corpus import (
     SEPARATOR,
