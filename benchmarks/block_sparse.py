@@ -277,7 +277,8 @@ def error() -> dict[str, Any]:
     from dilated_attention_nb.adaptive import BlockScorer, block_shares, scorer_loss
     from dilated_attention_nb.block_patterns import BlockPattern, block_pattern
     from dilated_attention_nb.block_sparse import block_sparse_attention
-    from dilated_attention_nb.training import load_run, read_corpus
+    from dilated_attention_nb.corpus import read_corpus
+    from dilated_attention_nb.runs import load_run
 
     if not RUN:
         raise SystemExit("pass --run with the folder of a trained run, as runs/longnet from `make demo`")

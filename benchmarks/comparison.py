@@ -215,21 +215,15 @@ class Demo:
     "A demo model with other attention, and how it is trained and evaluated."
 
     def __init__(self, shape: dict[str, Any], attention: Callable[[], torch.nn.Module] | None, seed: int = 0) -> None:
+        from dilated_attention_nb.command import DEFAULTS
+        from dilated_attention_nb.corpus import NGRAMS, VOCAB, read_corpus
         from dilated_attention_nb.longnet import LongNetConfig
-        from dilated_attention_nb.training import (
-            DEFAULTS,
-            VOCAB,
-            TrainingConfig,
-            fast_dtype,
-            make_model,
-            make_optimizers,
-            read_corpus,
-        )
+        from dilated_attention_nb.training import TrainingConfig, fast_dtype, make_model, make_optimizers
 
         wanted = {"segment_lengths": DEFAULTS["segments"], "dilation_rates": DEFAULTS["rates"]} | shape
         model_config = LongNetConfig(
             DEFAULTS["width"], DEFAULTS["layers"], DEFAULTS["heads"], vocab_size=VOCAB, position="rope",
-            tie_embeddings=False, bias=False, **wanted,
+            tie_embeddings=False, bias=False, ngrams=NGRAMS, **wanted,
         )  # fmt: skip
         self.corpus = read_corpus()
         self.config = TrainingConfig(
@@ -259,8 +253,8 @@ class Demo:
 def demos() -> dict[str, tuple[dict[str, Any], Callable[[], torch.nn.Module] | None]]:
     "What differs between the models: who sees whom, or the gradient."
     from dilated_attention_nb.block_sparse import BlockSparseAttention, SparseAttentionConfig
+    from dilated_attention_nb.command import DEFAULTS
     from dilated_attention_nb.config import DilatedAttentionConfig
-    from dilated_attention_nb.training import DEFAULTS
 
     def gradient(exact: bool) -> Callable[[], torch.nn.Module]:
         config = DilatedAttentionConfig(DEFAULTS["segments"], DEFAULTS["rates"], mixing="softmax")

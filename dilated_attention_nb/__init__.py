@@ -18,11 +18,15 @@ if TYPE_CHECKING:
     from dilated_attention_nb import backends as backends
     from dilated_attention_nb import block_patterns as block_patterns
     from dilated_attention_nb import block_sparse as block_sparse
+    from dilated_attention_nb import checkpoints as checkpoints
+    from dilated_attention_nb import command as command
     from dilated_attention_nb import config as config
+    from dilated_attention_nb import corpus as corpus
     from dilated_attention_nb import decoding as decoding
     from dilated_attention_nb import dilated as dilated
     from dilated_attention_nb import distributed as distributed
     from dilated_attention_nb import elastic as elastic
+    from dilated_attention_nb import embeddings as embeddings
     from dilated_attention_nb import files as files
     from dilated_attention_nb import gigapath as gigapath
     from dilated_attention_nb import improved as improved
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
     from dilated_attention_nb import ring_block_sparse as ring_block_sparse
     from dilated_attention_nb import ring_dilated as ring_dilated
     from dilated_attention_nb import ring_engine as ring_engine
+    from dilated_attention_nb import runs as runs
     from dilated_attention_nb import scaling as scaling
     from dilated_attention_nb import sharded as sharded
     from dilated_attention_nb import testing as testing
@@ -93,12 +98,13 @@ if TYPE_CHECKING:
     from dilated_attention_nb.kv_cache import DilatedKVCache as DilatedKVCache
     from dilated_attention_nb.decoding import LongNetCache as LongNetCache
     from dilated_attention_nb.decoding import JoinedCache as JoinedCache
-    from dilated_attention_nb.training import to_bytes as to_bytes
-    from dilated_attention_nb.training import to_tokens as to_tokens
-    from dilated_attention_nb.training import read_corpus as read_corpus
+    from dilated_attention_nb.corpus import to_bytes as to_bytes
+    from dilated_attention_nb.corpus import to_tokens as to_tokens
+    from dilated_attention_nb.corpus import read_corpus as read_corpus
     from dilated_attention_nb.training import bits_per_byte as bits_per_byte
-    from dilated_attention_nb.training import train as train
-    from dilated_attention_nb.training import load_run as load_run
+    from dilated_attention_nb.training import fit as fit
+    from dilated_attention_nb.runs import train as train
+    from dilated_attention_nb.runs import load_run as load_run
     from dilated_attention_nb.elastic import train_elastic as train_elastic
     from dilated_attention_nb.ring import shard_sequence as shard_sequence
     from dilated_attention_nb.ring import gather_sequence as gather_sequence
@@ -167,12 +173,13 @@ _HOME = {
     "LongNetCache": "decoding",
     "JoinedCache": "decoding",
     # data and training
-    "to_bytes": "training",
-    "to_tokens": "training",
-    "read_corpus": "training",
+    "to_bytes": "corpus",
+    "to_tokens": "corpus",
+    "read_corpus": "corpus",
     "bits_per_byte": "training",
-    "train": "training",
-    "load_run": "training",
+    "fit": "training",
+    "train": "runs",
+    "load_run": "runs",
     "train_elastic": "elastic",
     # distributed
     "shard_sequence": "ring",
@@ -249,6 +256,7 @@ __all__ = [
     "to_tokens",
     "read_corpus",
     "bits_per_byte",
+    "fit",
     "train",
     "load_run",
     "train_elastic",

@@ -43,6 +43,7 @@ from dilated_attention_nb.config import (
     check_heads,
     check_home,
     check_int,
+    check_ints,
     check_memory,
     check_padding,
     check_positive,
@@ -51,6 +52,7 @@ from dilated_attention_nb.config import (
     readable,
     shown,
 )
+from .embeddings import LONGEST_NGRAM, NgramEmbedding, token_table
 from .improved import Packing
 from dilated_attention_nb.multihead import (
     ATTENTIONS,
@@ -140,6 +142,8 @@ class LongNetConfig(Config):
     attention_options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = field(
         default=(), metadata={"since": "0.2"}
     )  # more fields of the kind's config, as {"density": 0.1}; kept as pairs
+    ngrams: tuple[int, ...] = field(default=(), metadata={"since": "0.2"})  # lengths of strings of tokens with rows
+    ngram_rows: int = field(default=16_384, metadata={"since": "0.2"})  # of the table for each of these lengths
 
     def __post_init__(self) -> None:
         def check(by: Callable[[str, Any], Any], *names: str) -> None:
@@ -156,6 +160,7 @@ class LongNetConfig(Config):
         check(check_dropout, "dropout", "attention_dropout", "activation_dropout", "drop_path")
         check(check_positive, "rope_base", "xpos_scale_base", "gamma_init")
         check(check_flag, "tie_embeddings", "activation_checkpointing", "normalize_output")
+        self._check_ngrams()
         check_choice("position", self.position, POSITIONS)
         check_choice("backend", self.backend, _BACKENDS.get(self.attention, ("auto",)))
         shared = ("embed_dim", "num_heads", "num_kv_heads", "layer_norm_eps", "segment_lengths", "dilation_rates")
@@ -173,6 +178,16 @@ class LongNetConfig(Config):
         if self.position == "xpos" and self.scale_base < self._safe_base:
             rule = f"be at least {math.ceil(self._safe_base)} for segments that repeat every {self.window} tokens"
             raise ValueError(complaint("xpos_scale_base", rule, self.scale_base, "less overflows; None picks it"))
+
+    def _check_ngrams(self) -> None:
+        ngrams = check_ints("ngrams", self.ngrams) if self.ngrams else ()
+        if max(ngrams, default=1) > LONGEST_NGRAM:
+            raise ValueError(
+                complaint("ngrams", f"be at most {LONGEST_NGRAM} tokens", max(ngrams), "take shorter ones")
+            )
+        if ngrams and self.vocab_size is None:
+            raise ValueError(complaint("ngrams", "be empty without vocab_size", ngrams, "embeddings have no n-grams"))
+        self._store(ngrams=ngrams, ngram_rows=check_int("ngram_rows", self.ngram_rows, high=2**31))
 
     def _fill_in(self) -> None:
         "What None stands for."
@@ -228,7 +243,12 @@ class LongNetConfig(Config):
     @property
     def table_numbers(self) -> int:
         "Numbers in the tables of a `LongNet`: embeddings and head."
-        return (self.vocab_size or 0) * self.embed_dim * (1 if self.tie_embeddings else 2)
+        return self.row_numbers + (0 if self.tie_embeddings else (self.vocab_size or 0) * self.embed_dim)
+
+    @property
+    def row_numbers(self) -> int:
+        "Numbers in the embeddings of tokens and n-grams."
+        return ((self.vocab_size or 0) + len(self.ngrams) * self.ngram_rows) * self.embed_dim
 
     @property
     def multihead_config(self) -> MultiheadConfig:
@@ -745,13 +765,6 @@ def evaluating(module: Any) -> Any:
     slots.source.__set__(twin, module)
     return twin
 
-
-def _embedding(vocab_size: int, embed_dim: int) -> nn.Embedding:
-    "Normal with variance `1 / embed_dim`."
-    table = nn.Embedding(vocab_size, embed_dim)
-    Start(table, normal_start, embed_dim**-0.5)()
-    return table
-
 # %% ../nbs/16_longnet.ipynb #911ead84
 def called_losses(
     x: Float[Tensor, "b n e"],
@@ -830,12 +843,14 @@ class LongNet(OnDisk):
             raise ValueError(complaint("vocab_size", "be an integer in a language model", None, "bytes have 256"))
         self.config = config
         check_memory("the model", config.matrix_numbers + config.table_numbers)
-        self.embed_tokens = _embedding(config.vocab_size, config.embed_dim)
+        self.embed_tokens = token_table(config.vocab_size, config.embed_dim)
         self.decoder = LayerStack(config)
         head = None if config.tie_embeddings else nn.Linear(config.embed_dim, config.vocab_size, bias=False)
         self.output_projection = head
         if head is not None:
             Start(head, normal_start, config.embed_dim**-0.5)()
+        if config.ngrams:  # last: the other numbers are those of the same seed without them
+            self.embed_tokens = NgramEmbedding(config.vocab_size, config.embed_dim, config.ngrams, config.ngram_rows)
 
     @property
     def head_weight(self) -> Float[Tensor, "vocab e"]:
@@ -952,8 +967,12 @@ class LongNetEncoder(OnDisk, LayerStack):
         if config.position == "xpos":
             advice = "xPos grows for keys to the right; a causal stack is a LayerStack or a LongNet"
             raise ValueError(complaint("position", "be 'rope' or 'none' in an encoder", "'xpos'", advice))
-        check_memory("the model", config.matrix_numbers + (config.vocab_size or 0) * config.embed_dim)
-        self.embed_tokens = None if config.vocab_size is None else _embedding(config.vocab_size, config.embed_dim)
+        check_memory("the model", config.matrix_numbers + config.row_numbers)
+        self.embed_tokens: nn.Embedding | None = None
+        if config.vocab_size is not None:
+            table = config.vocab_size, config.embed_dim
+            ngrams = config.ngrams, config.ngram_rows
+            self.embed_tokens = NgramEmbedding(*table, *ngrams) if config.ngrams else token_table(*table)
 
     def _entered(self, x: Any, key_padding_mask: Any, cache: Any, cu_seqlens: Any) -> Entry:
         "Embeddings, or those of tokens, checked, without their padding. Raises `ValueError` or `TypeError`."

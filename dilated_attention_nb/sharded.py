@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['share_positions', 'embed_share', 'check_share', 'check_padded_blocks', 'without_padding', 'LongNetShare',
-           'MeanOverRanks', 'MeanLoss', 'share_in_ring', 'share_worker', 'Team', 'group_backends', 'join_processes',
-           'joined_team']
+           'MeanOverRanks', 'MeanLoss', 'share_in_ring', 'MeanOfCopies', 'in_copies', 'share_worker', 'Team',
+           'group_backends', 'join_processes', 'joined_team']
 
 # %% ../nbs/21b_sharded.ipynb #db9ae0c0
 import atexit
@@ -287,6 +287,26 @@ def share_in_ring(model: LongNet, layout: str = "zigzag") -> nn.Module:
         let_go_at_exit(share)
     return MeanLoss(share)
 
+
+class MeanOfCopies(nn.Module):
+    "The mean of the losses of all processes, each on sequences of its own, as many."
+
+    def __init__(self, copy: nn.Module) -> None:
+        super().__init__()
+        self.module = copy
+
+    def forward(self, tokens: Int[Tensor, "b n"], targets: Int[Tensor, "b n"]) -> Float[Tensor, ""]:
+        "In nats, the same on all ranks. Its gradients are right once averaged over them."
+        mean: Tensor = MeanOverRanks.apply(self.module(tokens, targets), None)  # type: ignore[no-untyped-call]
+        return mean
+
+
+def in_copies(model: LongNet) -> nn.Module:
+    "What computes the mean loss of all processes' sequences; `backward` averages the gradients."
+    copies = DistributedDataParallel(model)
+    let_go_at_exit(copies)
+    return MeanOfCopies(copies)
+
 # %% ../nbs/21b_sharded.ipynb #ccdf552c
 def share_worker(rank: int, world_size: int, model: LongNet, tokens: Tensor, layout: str = "zigzag") -> dict[str, Any]:
     "For `spawn_gloo`: loss and gradients of a model whose sequence is cut over the ranks."
@@ -342,11 +362,11 @@ class Team:
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return bool(found)
 
-    def learner(self, model: LongNet) -> nn.Module:
-        "What computes the model's loss with all of them: the model, or `share_in_ring` of it."
-        return model if self.size == 1 else share_in_ring(model)
+    def learner(self, model: LongNet, copies: bool = False) -> nn.Module:
+        "What computes the model's loss with all of them: the model, `share_in_ring` of it, or `in_copies`."
+        return model if self.size == 1 else in_copies(model) if copies else share_in_ring(model)
 
-
+# %% ../nbs/21b_sharded.ipynb #5a110001
 def group_backends(backend: str, cuda: bool) -> str:
     "`backend` as torch.distributed takes it: NCCL, for GPUs alone, has gloo beside it or, without GPUs, instead."
     if "nccl" not in backend:
@@ -377,14 +397,18 @@ def join_processes(backend: str = "nccl") -> torch.device:  # as in DistributedC
 
 
 @contextmanager
-def joined_team(size: int, module: str) -> Iterator[Team]:  # the module is what the advice says to start
+def joined_team(
+    size: int,
+    module: str,  # what the advice says to start
+    name: str = "sequence_parallel",  # of the argument that asks for so many
+) -> Iterator[Team]:
     "The team of `size` processes that the launcher started. Raises `ValueError` if it started another number."
-    check_int("sequence_parallel", size)
+    check_int(name, size)
     ready = dist.is_available() and dist.is_initialized()
     world = dist.get_world_size() if ready else int(os.environ.get("WORLD_SIZE", "1"))
     if world != size:
-        advice = f"start it with torchrun --nproc-per-node {size} -m {module} --sequence-parallel {size}"
-        raise ValueError(complaint("sequence_parallel", f"be the number of processes, {world}", size, advice))
+        advice = f"start it with torchrun --nproc-per-node {size} -m {module} --{name.replace('_', '-')} {size}"
+        raise ValueError(complaint(name, f"be the number of processes, {world}", size, advice))
     if ready or size == 1:
         yield Team()
         return

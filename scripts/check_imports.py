@@ -45,7 +45,7 @@ NOT = {"improved": {"dilated"}}
 # Every lesson may use these; exported code only where it is named here.
 LESSONS = {
     "testing": {"multihead", "benchmarks", "__main__"},  # need_weights at short lengths is the oracle's job
-    "plotting": {"training", "benchmarks"},
+    "plotting": {"runs", "benchmarks"},
 }
 LEAVES = {"benchmarks"}  # nothing imports these
 TOOLS = 30  # from this number on: exported code of others imports them in a function, or for a type under TYPE_CHECKING

@@ -38,7 +38,7 @@ SECTIONS = {
         register_with_transformers check_dilated save_pretrained from_pretrained
     """,
     "decoding": "generate KVCache DilatedKVCache LongNetCache JoinedCache",
-    "data and training": "to_bytes to_tokens read_corpus bits_per_byte train load_run train_elastic",
+    "data and training": "to_bytes to_tokens read_corpus bits_per_byte fit train load_run train_elastic",
     "distributed": """
         shard_sequence gather_sequence share_in_ring LongNetShare DistributedLongNet Cluster UnifiedMemoryPool
     """,

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dilated_attention_nb.config import MIXINGS, OFFSETS, DilatedAttentionConfig
+from dilated_attention_nb.corpus import SEPARATOR
 from dilated_attention_nb.decoding import (
     JoinedCache,
     LongNetCache,
@@ -20,12 +21,12 @@ from dilated_attention_nb.decoding import (
     kept_logits,
     kv_cache_bytes,
 )
+from dilated_attention_nb.embeddings import NgramEmbedding
 from dilated_attention_nb.improved import dilated_attention
 from dilated_attention_nb.kv_cache import DilatedKVCache, KVCache
 from dilated_attention_nb.longnet import POSITIONS, LongNet, LongNetEncoder, longnet_125m, longnet_tiny
 from dilated_attention_nb.processes import resident, spawn_gloo
 from dilated_attention_nb.testing import check_against_oracle, make_qkv, oracle_counts
-from dilated_attention_nb.training import SEPARATOR, NgramEmbedding
 
 
 def in_pieces(cache, cuts, *tensors, mask=None):

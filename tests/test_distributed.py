@@ -23,6 +23,9 @@ import torch.distributed as dist
 
 from dilated_attention_nb import elastic
 from dilated_attention_nb.block_sparse import BlockSparseAttention, SparseAttentionConfig
+from dilated_attention_nb.checkpoints import signature, step_folders
+from dilated_attention_nb.command import demo
+from dilated_attention_nb.corpus import read_corpus
 from dilated_attention_nb.distributed import (
     DistributedConfig,
     DistributedLongNet,
@@ -35,14 +38,16 @@ from dilated_attention_nb.distributed import (
     steps_worker,
 )
 from dilated_attention_nb.elastic import Checkpoints, parse_elastic, train_elastic, training_tensors
+from dilated_attention_nb.embeddings import NgramEmbedding
 from dilated_attention_nb.improved import dilated_attention
 from dilated_attention_nb.longnet import LongNet, LongNetEncoder, longnet_tiny
+from dilated_attention_nb.pretrained import from_pretrained
 from dilated_attention_nb.processes import spawn_gloo
 from dilated_attention_nb.ring import RING_LAYOUTS
 from dilated_attention_nb.ring_dilated import RingAttentionConfig, RingDilatedAttention
+from dilated_attention_nb.runs import read_metrics
 from dilated_attention_nb.sharded import LongNetShare, Team, group_backends, share_in_ring, share_worker
 from dilated_attention_nb.testing import make_qkv, saved_for_backward
-from dilated_attention_nb.training import NgramEmbedding, demo, read_corpus, read_metrics
 
 TINY = longnet_tiny(tie_embeddings=False, num_kv_heads=2)
 SP = {"sequence_parallel": True}
@@ -549,6 +554,69 @@ def test_training_goes_on_with_another_number_of_ranks(tmp_path, before, after):
     assert [n for _, n in steps_taken(tmp_path / "cut")] == [ranks] * 4 + [others] * 4
 
 
+def generated_worker(rank, world, folder):
+    "On ranks that each have a part, the model of an elastic run: what one process makes of it, and of the whole."
+    torch.manual_seed(0)
+    losses = elastic_worker(rank, world, DistributedConfig(**SP, **FSDP), folder, 4)
+    dist.barrier()
+    return losses, sorted(os.listdir(folder))
+
+
+def test_what_ranks_wrote_is_a_model_for_one_process(tmp_path):
+    "`from_pretrained` and `generate` on the folder, on a checkpoint, and on the folder of a run that has not ended."
+    folder = tmp_path / "run"
+    (_, names), _ = spawn_gloo(generated_worker, 2, str(folder))
+    assert names == ["config.json", "losses.jsonl", "model.safetensors", "step-00000002", "step-00000004"]
+    torch.manual_seed(0)
+    alone, prompt = LongNet(TINY).double(), torch.arange(9)[None]  # the same steps, without anything distributed
+    optimizer, tokens = torch.optim.AdamW(alone.parameters(), lr=1e-3), (torch.arange(5000) * 37 % 251).short()
+    for step in range(4):
+        alone(*elastic.step_batch(tokens, 64, 4, step, 0)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = [LongNet.from_pretrained(folder), from_pretrained(folder / "step-00000004")]
+    for name in ("model.safetensors", "config.json"):  # as if it had been killed before these were written
+        (folder / name).unlink()
+    found.append(from_pretrained(folder))
+    for model in found:
+        assert model.config == alone.config and not model.training
+        assert all((x - y).abs().max() < 1e-6 for x, y in zip(model.parameters(), alone.parameters()))
+        assert torch.equal(model.generate(prompt, 6, 0.0), found[0].generate(prompt, 6, 0.0))
+    continued = found[0].generate(prompt, 1, 0.0)[0, 0]
+    assert continued == found[0](prompt)[0, -1].argmax()
+    with pytest.raises(ValueError, match="holds a LongNet, not a LongNetEncoder"):
+        LongNetEncoder.from_pretrained(folder)
+    next((folder / "step-00000004").glob("*.safetensors")).write_bytes(b"")
+    with pytest.warns(UserWarning, match="step-00000004 is passed over"):
+        older = from_pretrained(folder)
+    assert not torch.equal(older.head_weight, found[0].head_weight)
+    with pytest.raises(ValueError, match="truncated"):
+        from_pretrained(folder / "step-00000004")
+    (folder / "step-00000002/about.json").write_text("{}")
+    with pytest.warns(UserWarning, match="passed over"), pytest.raises(ValueError, match="no other checkpoint"):
+        from_pretrained(folder)
+
+
+def test_more_steps_take_the_model_of_fewer_away(tmp_path):
+    (seen,) = spawn_gloo(ended_twice_worker, 1, str(tmp_path / "run"))
+    assert seen == [[4, True], [5, False], [6, True]]
+
+
+def ended_twice_worker(rank, world, folder):
+    "Steps taken, and whether a model is there: after four of four, after the fifth of six, after six of six."
+    elastic_worker(rank, world, DistributedConfig(), folder, 4)
+    model, seen = Path(folder, "model.safetensors"), [[4, Path(folder, "model.safetensors").exists()]]
+    compute = DistributedLongNet.loss_and_gradients
+
+    def looking(self, *batch):
+        seen[1:] = [[5, model.exists()]]
+        return compute(self, *batch)
+
+    DistributedLongNet.loss_and_gradients = looking
+    elastic_worker(rank, world, DistributedConfig(), folder, 6)
+    return [*seen, [6, model.exists()]]
+
+
 def frozen_worker(rank, world, folder):
     "What is saved is what was there when `save` was called, whatever the next steps do."
     torch.manual_seed(0)
@@ -567,7 +635,7 @@ def frozen_worker(rank, world, folder):
     step, about = checkpoints.load(part, optimizer)
     after = training_tensors(part, optimizer)
     equal = all(torch.equal(after[name], t) for name, t in before.items())
-    files = sorted(p.name for p in checkpoints.whole()[0].iterdir())
+    files = sorted(p.name for p in step_folders(checkpoints.folder)[0].iterdir())
     return {"step": (step, about), "equal": equal, "tensors": len(before), "files": files} | armed(
         part, optimizer, folder
     )
@@ -583,18 +651,20 @@ def armed(part, optimizer, folder):
     ran = [proofs[0].exists()]
     torch.distributed.checkpoint.FileSystemReader(path).read_metadata()
     ran.append(proofs[0].exists())  # it was a live one
+    text = (path / "about.json").read_text()
+    about = json.loads(text)
+    about["config"]["num_layers"] = 3
+    (path / "about.json").write_text(json.dumps(about | {"sha256": signature(about)}))
+    try:
+        other = f"loaded {Checkpoints(folder).load(part, optimizer)}"
+    except ValueError as error:
+        other = str(error)
+    (path / "about.json").write_text(text)
     next(path.glob("*.safetensors")).write_bytes(pickle.dumps(Bomb(str(proofs[1]))))
     try:
         said = f"loaded {Checkpoints(folder).load(part, optimizer)}"
     except ValueError as error:
         said = str(error)
-    about = json.loads((path / "about.json").read_text())
-    about["config"]["num_layers"] = 3
-    (path / "about.json").write_text(json.dumps(about))
-    try:
-        other = f"loaded {Checkpoints(folder).load(part, optimizer)}"
-    except ValueError as error:
-        other = str(error)
     return {"loaded": loaded, "ran": [*ran, proofs[1].exists()], "said": said, "other": other}
 
 
@@ -718,7 +788,7 @@ def settling_worker(rank, world, folder):
     while checkpoints.pending:  # for as long as a test may take
         time.sleep(0.01)
         checkpoints.settle()
-    return early, [p.name for p in checkpoints.whole()]
+    return early, [p.name for p in step_folders(checkpoints.folder)]
 
 
 def test_a_written_checkpoint_gets_its_name_at_once(tmp_path):
@@ -809,14 +879,14 @@ def test_a_signal_ends_an_elastic_run_with_a_checkpoint(tmp_path, monkeypatch, c
 
 DEAD_LEARNER = """
 import os, signal, sys
-from dilated_attention_nb import training
-real = training.train_step
+from dilated_attention_nb import command, runs
+real = runs.train_step
 def dying(model, optimizers, config, tokens, step):
     if (os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"], step) == ("0", "1", 6):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(model, optimizers, config, tokens, step)
-training.train_step = dying
-sys.exit(training.demo())
+runs.train_step = dying
+sys.exit(command.demo())
 """
 
 
@@ -892,7 +962,7 @@ def test_flags_of_the_guide_exist():
 
     from torch.distributed.run import get_args_parser
 
-    from dilated_attention_nb.training import parse
+    from dilated_attention_nb.command import parse
 
     lines = guide_lines()
     assert len(lines) == 7

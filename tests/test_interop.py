@@ -17,6 +17,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dilated_attention_nb.config import DilatedAttentionConfig
+from dilated_attention_nb.corpus import SEPARATOR
+from dilated_attention_nb.embeddings import NgramEmbedding
 from dilated_attention_nb.gigapath import (
     GigaPathConfig,
     GigaPathSlideEncoder,
@@ -29,7 +31,6 @@ from dilated_attention_nb.longnet import LongNet, LongNetEncoder, longnet_tiny
 from dilated_attention_nb.pretrained import from_pretrained, save_pretrained
 from dilated_attention_nb.processes import peak_memory
 from dilated_attention_nb.testing import oracle_attention
-from dilated_attention_nb.training import SEPARATOR, NgramEmbedding
 from dilated_attention_nb.transformers import DilatedMHA, register_with_transformers, replace_attention
 
 FILE = np.load(Path(__file__).parent / "golden" / "gigapath_slide_encoder.npz")

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dilated_attention_nb import longnet
 from dilated_attention_nb.config import DilatedAttentionConfig, MultiheadConfig
 from dilated_attention_nb.decoding import generate
+from dilated_attention_nb.embeddings import NgramEmbedding
 from dilated_attention_nb.gigapath import GigaPathSlideEncoder, attention_rollout
 from dilated_attention_nb.longnet import (
     LayerStack,
@@ -28,7 +29,6 @@ from dilated_attention_nb.longnet import (
     token_losses,
 )
 from dilated_attention_nb.multihead import MultiheadDilatedAttention
-from dilated_attention_nb.training import NgramEmbedding
 
 
 def tokens(b=2, n=65, seed=0, vocab=256):

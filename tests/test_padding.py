@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from dilated_attention_nb.embeddings import NgramEmbedding
 from dilated_attention_nb.longnet import LayerStack, LongNet, LongNetEncoder, longnet_tiny
 from dilated_attention_nb.multihead import create_multihead_dilated_attention
-from dilated_attention_nb.training import NgramEmbedding
 
 LENGTHS = (40, 23, 1, 40)
 PLACES = 53

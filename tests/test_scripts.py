@@ -94,12 +94,12 @@ def test_tools_stand_last_and_are_imported_where_they_are_used(tmp_path):
     layer(tmp_path, 1, "config", "X = 1")
     layer(tmp_path, 30, "plotting", "Y = 1")
     layer(tmp_path, 36, "files", "Z = 1")
-    layer(tmp_path, 22, "training", "def f():\n    from dilated_attention_nb.plotting import Y")
+    layer(tmp_path, 26, "benchmarks", "def f():\n    from dilated_attention_nb.plotting import Y")
     layer(tmp_path, 23, "distributed", "from dilated_attention_nb.files import Z")
     assert load("check_imports").check(tmp_path) == []
-    layer(tmp_path, 22, "training", "from dilated_attention_nb.plotting import Y")
+    layer(tmp_path, 26, "benchmarks", "from dilated_attention_nb.plotting import Y")
     (complaint,) = load("check_imports").check(tmp_path)
-    assert "22_training" in complaint and "not lower" in complaint
+    assert "26_benchmarks" in complaint and "not lower" in complaint
 
 
 def test_the_module_that_python_runs(tmp_path):

@@ -18,41 +18,47 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from dilated_attention_nb import training
-from dilated_attention_nb.files import open_tensors, owned, write_file, write_tensors
-from dilated_attention_nb.longnet import LongNetConfig
-from dilated_attention_nb.training import (
+from dilated_attention_nb import command, runs
+from dilated_attention_nb.command import launched_run
+from dilated_attention_nb.corpus import (
     SEPARATOR,
     SKIPPED,
     VOCAB,
-    NgramEmbedding,
+    held_out,
+    read_corpus,
+    text_files,
+    to_bytes,
+    to_tokens,
+)
+from dilated_attention_nb.embeddings import NgramEmbedding
+from dilated_attention_nb.files import open_tensors, owned, write_file, write_tensors
+from dilated_attention_nb.longnet import LongNet, LongNetConfig, LongNetEncoder
+from dilated_attention_nb.pretrained import from_pretrained
+from dilated_attention_nb.processes import spawn_gloo
+from dilated_attention_nb.runs import load_run, read_metrics
+from dilated_attention_nb.sharded import Team
+from dilated_attention_nb.training import (
     TrainingConfig,
     bits_per_byte,
-    held_out,
-    launched_run,
+    fit,
     learning_rate,
     load_checkpoint,
-    load_run,
     make_model,
     make_optimizers,
     make_plan,
     plan_of_steps,
-    read_corpus,
-    read_metrics,
     sample_tokens,
     save_checkpoint,
     stage_of,
-    text_files,
-    to_bytes,
-    to_tokens,
     train_step,
     training_batch,
 )
 
 LONG = 1200  # seconds: a bound for processes that hang, far beyond what a busy machine needs
 ROOT = Path(__file__).resolve().parent.parent
-TINY = LongNetConfig(32, 1, 2, (64, 256), (1, 4), vocab_size=VOCAB, position="rope", tie_embeddings=False, bias=False)
-CONFIG = TrainingConfig(TINY, "", ((64, 6), (256, 4)), context=256, ngram_rows=256)
+OWN = dict(vocab_size=VOCAB, position="rope", tie_embeddings=False, bias=False, ngrams=(2, 3, 4, 5, 6), ngram_rows=256)
+TINY = LongNetConfig(32, 1, 2, (64, 256), (1, 4), **OWN)
+CONFIG = TrainingConfig(TINY, "", ((64, 6), (256, 4)), context=256)
 SIZE = "--context 256 --width 32 --layers 1 --segments 64 256 --rates 1 4 --eval-bytes 2048 --device cpu".split()
 
 
@@ -83,11 +89,11 @@ def demo(*arguments) -> tuple[int, str, str]:
 @pytest.fixture
 def here(monkeypatch, capsys):
     "The command in this process: a start saved, and the seconds in which it measures how fast attention is."
-    monkeypatch.setattr(training, "forward_seconds", lambda *_: 1.0)
+    monkeypatch.setattr(runs, "forward_seconds", lambda *_: 1.0)
 
     def run(*arguments) -> tuple[int, str, str]:
         torch.set_num_threads(1)  # as in the others, so that sums are the same
-        return training.demo([*map(str, arguments)]), *capsys.readouterr()
+        return command.demo([*map(str, arguments)]), *capsys.readouterr()
 
     return run
 
@@ -135,6 +141,78 @@ def test_a_run_can_be_loaded(whole):
     assert config.digest == corpus.digest
     found = bits_per_byte(model, config, corpus.held[: results["held_bytes"] + 1], 256)
     assert found == pytest.approx(results["bits_per_byte"], rel=0.02)
+
+
+def as_in_0_1(about):
+    "What version 0.1 wrote into config.json, and beside tensors."
+    model, training = dict(about["config"]), about["training"]
+    ngrams = {name: model.pop(name) for name in ("ngrams", "ngram_rows")}
+    return json.dumps({"model": model, **training, **ngrams})
+
+
+def test_the_demos_model_is_a_model_on_disk(whole, tmp_path):
+    "`from_pretrained` takes the folder, `generate` works on it, and what is saved again is the same."
+    (run, _, _), prompt = whole, torch.arange(97, 122)[None]
+    model, config = load_run(run)
+    for again in (from_pretrained(run), LongNet.from_pretrained(run)):
+        assert type(again) is LongNet and again.config == config.model and not again.training
+        for (name, x), y in zip(again.state_dict().items(), model.state_dict().values()):
+            assert torch.equal(x, y), name
+        assert torch.equal(again(prompt), model(prompt))
+        assert torch.equal(again.generate(prompt, 20, seed=3), model.generate(prompt, 20, seed=3))
+    greedy = again.generate(prompt, 3, 0.0)[0]  # against the whole sequence read again for each token
+    for i in range(3):
+        text = torch.cat((prompt, greedy[None, :i]), 1)
+        assert greedy[i] == again(text)[0, -1].argmax()
+    again.save_pretrained(tmp_path)
+    assert torch.equal(from_pretrained(tmp_path)(prompt), model(prompt))
+    with pytest.raises(ValueError, match="holds a LongNet, not a LongNetEncoder"):
+        LongNetEncoder.from_pretrained(run)
+
+
+def test_a_run_of_version_0_1_is_read(whole, tmp_path):
+    run = tmp_path / "old"
+    run.mkdir()
+    about = json.loads((whole[0] / "config.json").read_text())
+    about["config"] = TrainingConfig.from_dict(about).model.to_dict()  # 0.1 left nothing out
+    (run / "config.json").write_text(as_in_0_1(about))
+    save_file(load_file(whole[0] / "model.safetensors"), run / "model.safetensors", {"config": as_in_0_1(about)})
+    model, config = load_run(run)
+    wanted, same = load_run(whole[0])
+    assert config == same and all(torch.equal(x, y) for x, y in zip(model.parameters(), wanted.parameters()))
+
+
+def test_the_model_of_an_unfinished_run_is_that_of_its_checkpoint(stopped):
+    config = TrainingConfig.from_json((stopped / "config.json").read_text())
+    model = make_model(config)
+    load_checkpoint(stopped / "checkpoint.safetensors", config, model, make_optimizers(model, config))
+    again = LongNet.from_pretrained(stopped)
+    assert again.config == config.model and not again.training
+    assert all(torch.equal(x, y) for x, y in zip(again.parameters(), model.parameters()))
+    assert len(again.generate(torch.arange(9)[None], 5)[0]) == 5
+    with pytest.raises(ValueError, match="holds a LongNet, not a LongNetEncoder"):
+        LongNetEncoder.from_pretrained(stopped)
+
+
+def without_checkpoint(run):
+    (run / "checkpoint.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda run: truncate(run), "checkpoint.safetensors can't be read.*truncated"),
+        (lambda run: flipped(run), "checkpoint.safetensors is damaged"),
+        (lambda run: broken_config(run), "config.json is no JSON"),
+        (lambda run: other_config(run), "config.json must be the one that checkpoint.safetensors was saved with"),
+        (lambda run: other_model(run), "checkpoint.safetensors doesn't fit this LongNet: .*tables"),
+        (without_checkpoint, "has no model.safetensors, nor a checkpoint: a run saves its first"),
+    ],
+)
+def test_a_damaged_unfinished_run_is_no_model(damage, says, stopped):
+    damage(stopped)
+    with pytest.raises((ValueError, FileNotFoundError), match=says):
+        LongNet.from_pretrained(stopped)
 
 
 def interrupted(words, out, number, rows):
@@ -246,7 +324,7 @@ def stopped(words, tmp_path):
         rows.append(
             {"step": step, "context": 64, "bytes": 64 * step + 64, "bits_per_byte": bits, "rate": 1, "seconds": 1}
         )
-    write_file(run / "config.json", config.to_json())
+    write_file(run / "config.json", config.described())
     write_file(run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     save_checkpoint(run / "checkpoint.safetensors", config, model, optimizers, 3)
     return run
@@ -263,12 +341,12 @@ def empty(run):
 
 def other_config(run):
     config = TrainingConfig.from_json((run / "config.json").read_text())
-    write_file(run / "config.json", replace(config, seed=7).to_json())
+    write_file(run / "config.json", replace(config, seed=7).described())
 
 
 def other_model(run):
     config = TrainingConfig.from_json((run / "config.json").read_text())
-    other = replace(config, ngram_rows=512)
+    other = replace(config, model=replace(config.model, ngram_rows=512))
     model = make_model(other)
     save_checkpoint(run / "checkpoint.safetensors", config, model, make_optimizers(model, other), 3)
 
@@ -280,7 +358,7 @@ def broken_config(run):
 def stepless(run):
     config = TrainingConfig.from_json((run / "config.json").read_text())
     tensors = load_file(run / "checkpoint.safetensors")
-    save_file(tensors, run / "checkpoint.safetensors", {"config": config.to_json()})
+    save_file(tensors, run / "checkpoint.safetensors", {"config": config.described()})
 
 
 def stored_as(run, step=None, change=dict):
@@ -355,7 +433,7 @@ def rows_of_something_else(run):
 
 def absurd_model(run):
     values = json.loads((run / "config.json").read_text())
-    values["model"]["num_layers"] = 10**9
+    values["config"]["num_layers"] = 10**9
     (run / "config.json").write_text(json.dumps(values))
 
 
@@ -365,14 +443,14 @@ def deep_config(run):
 
 def wrong_type(run):
     values = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(values | {"seed": "zero"}))
+    (run / "config.json").write_text(json.dumps(values | {"training": values["training"] | {"seed": "zero"}}))
 
 
 def other_device(run):
     if torch.cuda.is_available():
         pytest.skip("CUDA is there")
     config = TrainingConfig.from_json((run / "config.json").read_text())
-    write_file(run / "config.json", replace(config, device="cuda").to_json())
+    write_file(run / "config.json", replace(config, device="cuda").described())
 
 
 def broken_metrics(run):
@@ -381,12 +459,12 @@ def broken_metrics(run):
 
 def unknown_field(run):
     values = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(values | {"sed": 1}))
+    (run / "config.json").write_text(json.dumps(values | {"training": values["training"] | {"sed": 1}}))
 
 
 def other_text(run):
     config = TrainingConfig.from_json((run / "config.json").read_text())
-    write_file(run / "config.json", replace(config, digest="0" * 64).to_json())
+    write_file(run / "config.json", replace(config, digest="0" * 64).described())
 
 
 def no_config(run):
@@ -429,7 +507,7 @@ DAMAGE = {
 def test_a_damaged_run_is_refused_and_left_alone(damage, says, stopped, capsys):
     damage(stopped)
     before = content(stopped)
-    assert training.demo(["--resume", "stopped", "--out", str(stopped.parent)]) == 2
+    assert command.demo(["--resume", "stopped", "--out", str(stopped.parent)]) == 2
     said = capsys.readouterr().err
     assert says in said and "Traceback" not in said
     assert content(stopped) == before
@@ -465,14 +543,14 @@ def test_a_run_has_one_owner(stopped, capsys):
         assert os.read(read, 1) == b"x"
         before = content(stopped)
         for _ in range(2):
-            assert training.demo(["--resume", "stopped", "--out", str(stopped.parent)]) == 2
+            assert command.demo(["--resume", "stopped", "--out", str(stopped.parent)]) == 2
             said = capsys.readouterr().err
             assert f"to which process {child} writes; wait until it ends" in said
         assert content(stopped) == before
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    assert training.demo(["--resume", "stopped", "--out", str(stopped.parent)]) == 0
+    assert command.demo(["--resume", "stopped", "--out", str(stopped.parent)]) == 0
     assert not (stopped / ".lock").exists()
 
 
@@ -485,8 +563,9 @@ def test_a_run_that_is_damaged_after_its_end_is_not_loaded(whole, tmp_path):
         with pytest.raises(ValueError, match="model.safetensors|config.json"):
             load_run(run)
     (run / "model.safetensors").write_bytes(weights)
-    for field, value in {"seed": 7, "ngram_rows": 2**30}.items():
-        (run / "config.json").write_text(json.dumps(json.loads(config) | {field: value}))
+    for part, other in (("training", {"seed": 7}), ("config", {"rope_base": 5.0})):
+        about = json.loads(config)
+        (run / "config.json").write_text(json.dumps(about | {part: about[part] | other}))
         with pytest.raises(ValueError, match="config.json must be the one that model.safetensors was saved with"):
             load_run(run)
     (run / "config.json").write_text("{")
@@ -535,7 +614,7 @@ def bad_texts(folder: Path):
 def test_text_that_cannot_be_read_is_refused(tmp_path, capsys):
     for name, says in bad_texts(tmp_path).items():
         out = tmp_path / "runs"
-        assert training.demo(["--text", str(tmp_path / name), "--steps", "2", "--out", str(out), *SIZE]) == 2, name
+        assert command.demo(["--text", str(tmp_path / name), "--steps", "2", "--out", str(out), *SIZE]) == 2, name
         said = capsys.readouterr().err
         assert said.startswith("error: text must") and says in said, (name, said)
         assert not out.exists()
@@ -597,7 +676,7 @@ FLAGS = [
     ("flags", "says"), FLAGS, ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else ""
 )
 def test_wrong_values_are_refused_before_anything_is_written(flags, says, words, tmp_path, capsys):
-    assert training.demo(["--text", str(words), "--steps", "2", "--out", str(tmp_path / "runs"), *SIZE, *flags]) == 2
+    assert command.demo(["--text", str(words), "--steps", "2", "--out", str(tmp_path / "runs"), *SIZE, *flags]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and says in said
     assert not (tmp_path / "runs").exists()
@@ -613,20 +692,20 @@ def test_wrong_values_are_refused_before_anything_is_written(flags, says, words,
     ],
 )
 def test_a_time_is_a_positive_number(minutes, says, words, tmp_path, capsys):
-    assert training.demo(["--text", str(words), "--minutes", minutes, "--out", str(tmp_path / "runs"), *SIZE]) == 2
+    assert command.demo(["--text", str(words), "--minutes", minutes, "--out", str(tmp_path / "runs"), *SIZE]) == 2
     assert f"minutes {says}" in capsys.readouterr().err and not (tmp_path / "runs").exists()
 
 
 def test_time_and_steps_exclude_each_other(capsys):
     with pytest.raises(SystemExit):
-        training.demo(["--minutes", "1", "--steps", "2"])
+        command.demo(["--minutes", "1", "--steps", "2"])
     assert "not allowed with" in capsys.readouterr().err
 
 
 def test_a_run_takes_as_many_steps_as_fit_into_its_time(words, tmp_path, here, monkeypatch):
     "Four fifths of it, less what reading the text took, are for training."
     seconds = [0.02, 0.02, 0.05]
-    monkeypatch.setattr(training, "calibrated_seconds", lambda *_: seconds)
+    monkeypatch.setattr(command, "calibrated_seconds", lambda *_: seconds)
     status, said, err = here("--text", words, "--minutes", "0.1", "--out", tmp_path, *SIZE)
     most = sum(steps for _, steps in make_plan(seconds, 0.8 * 6, 256))
     assert status == 0 and 3 <= len(read_metrics(tmp_path / "longnet")) <= most, err
@@ -634,7 +713,7 @@ def test_a_run_takes_as_many_steps_as_fit_into_its_time(words, tmp_path, here, m
 
 def test_a_folder_that_cannot_be_written_is_named(words, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
-    status = training.demo(["--text", str(words), "--steps", "2", "--out", str(tmp_path / "file"), *SIZE])
+    status = command.demo(["--text", str(words), "--steps", "2", "--out", str(tmp_path / "file"), *SIZE])
     said = capsys.readouterr().err
     assert status == 2 and said.startswith("error: out must be a folder to write to") and "longnet" in said
     assert (tmp_path / "file").read_text() == "mine"
@@ -645,18 +724,18 @@ def test_a_full_disk_is_no_traceback(words, tmp_path, capsys, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    assert training.demo(["--text", str(words), "--steps", "2", "--out", str(tmp_path), *SIZE]) == 2
+    assert command.demo(["--text", str(words), "--steps", "2", "--out", str(tmp_path), *SIZE]) == 2
     assert "No space left on device" in capsys.readouterr().err
 
 
 def test_an_empty_name_is_not_resumed(tmp_path, capsys):
-    assert training.demo(["--resume", "", "--out", str(tmp_path)]) == 2
+    assert command.demo(["--resume", "", "--out", str(tmp_path)]) == 2
     assert "resume must name a run" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("dtype", "float8"), ("device", "abacus"), ("ngram_rows", 0), ("seed", 2**63), ("model", {"embed_dim": 32})],
+    [("dtype", "float8"), ("device", "abacus"), ("context", 3), ("seed", 2**63), ("model", {"embed_dim": 32})],
 )
 def test_a_configuration_is_checked(field, value):
     with pytest.raises((TypeError, ValueError), match=field):
@@ -666,10 +745,10 @@ def test_a_configuration_is_checked(field, value):
 def test_signals_that_come_together_are_one(monkeypatch):
     "`make` passes SIGTERM on to a process that its group's SIGTERM has reached already."
     now = [0.0]
-    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(command.time, "monotonic", lambda: now[0])
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
-        with training.noted_signals() as noted:
+        with command.noted_signals() as noted:
             for _ in range(3):
                 signal.raise_signal(signal.SIGINT)
             assert noted == [signal.SIGINT] * 3
@@ -684,26 +763,26 @@ def test_signals_that_come_together_are_one(monkeypatch):
 @pytest.mark.parametrize("where", ["read_corpus", "calibrated_seconds"])
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_signal_during_start_up_ends_it_before_anything_is_written(name, where, words, tmp_path, here, monkeypatch):
-    real = getattr(training, where)
+    real = getattr(command, where)
 
     def interrupted(*values):
         signal.raise_signal(getattr(signal, name))
         return real(*values)
 
-    monkeypatch.setattr(training, where, interrupted)
+    monkeypatch.setattr(command, where, interrupted)
     status, _, err = here("--text", words, "--minutes", "0.01", "--out", tmp_path / "runs", *SIZE)
     assert status == 128 + getattr(signal, name) and "nothing was written" in err
     assert not (tmp_path / "runs").exists()
 
 
 def test_a_signal_while_a_run_is_read_again_loses_nothing(stopped, here, monkeypatch):
-    before, real = losses(stopped), training.read_corpus
+    before, real = losses(stopped), command.read_corpus
 
     def interrupted(text):
         signal.raise_signal(signal.SIGTERM)
         return real(text)
 
-    monkeypatch.setattr(training, "read_corpus", interrupted)
+    monkeypatch.setattr(command, "read_corpus", interrupted)
     status, said, _ = here("--resume", "stopped", "--out", stopped.parent)
     assert status == 128 + signal.SIGTERM and "at step 3 of 10" in said and losses(stopped) == before
 
@@ -711,16 +790,136 @@ def test_a_signal_while_a_run_is_read_again_loses_nothing(stopped, here, monkeyp
 def test_a_hangup_that_is_ignored_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
-        with training.noted_signals() as noted:
+        with command.noted_signals() as noted:
             signal.raise_signal(signal.SIGHUP)
         assert noted == []
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
+# ---- steps -----------------------------------------------------------------------------------------------------------
+
+
+def doubles():
+    "A small model in float64, and an optimizer."
+    torch.manual_seed(0)
+    model = LongNet(TINY).double()
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+
+def batches_of(rows, steps=3, n=64):
+    numbers = torch.randint(0, VOCAB, (steps * rows, n + 1), generator=torch.Generator().manual_seed(1))
+    return [(x[:, :-1], x[:, 1:]) for x in numbers.split(rows)]
+
+
+@pytest.mark.parametrize("clip", [None, 1e-2])
+def test_a_step_of_several_batches_is_the_step_of_them_together(clip):
+    (one, first), (several, second) = doubles(), doubles()
+    whole = list(fit(one, [first], batches_of(4), clip=clip))
+    parts = (pair for x, t in batches_of(4) for pair in zip(x.split(1), t.split(1)))  # any iterable
+    added = list(fit(several, [second], parts, accumulate=4, clip=clip))
+    assert len(whole) == len(added) == 3 and added == pytest.approx(whole, rel=1e-12)
+    assert all(torch.allclose(p, q, rtol=0, atol=1e-9) for p, q in zip(one.parameters(), several.parameters()))
+
+
+def test_steps_are_those_of_a_plain_loop_with_its_rates_and_clipping():
+    (model, optimizer), (plain, usual) = doubles(), doubles()
+    rates, bound, wanted = (0.5, 1.0, 0.25), 0.3, []
+    for rate, (x, t) in zip(rates, batches_of(2)):
+        loss = plain(x, t)
+        loss.backward()
+        norm = torch.cat([p.grad.flatten() for p in plain.parameters()]).norm()
+        for p in plain.parameters():
+            p.grad *= min(1.0, bound / (norm + 1e-6))
+        usual.param_groups[0]["lr"] = 1e-3 * rate
+        usual.step()
+        usual.zero_grad()
+        wanted.append((loss.item(), norm > bound))
+    losses = list(fit(model, [optimizer], batches_of(2), rate=rates.__getitem__, clip=bound))
+    assert any(clipped for _, clipped in wanted) and losses == pytest.approx([loss for loss, _ in wanted], rel=1e-12)
+    assert all(torch.allclose(p, q, rtol=0, atol=1e-9) for p, q in zip(model.parameters(), plain.parameters()))
+
+
+def test_the_last_step_takes_the_batches_that_are_left():
+    model, optimizer = doubles()
+    assert len(list(fit(model, [optimizer], batches_of(1, 5), accumulate=2))) == 3
+    assert list(fit(model, [optimizer], [])) == []
+    with pytest.raises(ValueError, match="accumulate"):
+        next(fit(model, [optimizer], batches_of(1), accumulate=0))
+
+
+def copies_worker(rank, world, rows, accumulate, clip):
+    "Losses and parameters of steps whose sequences are shared by all ranks, a part of each rank's at a time."
+    model, optimizer = doubles()
+    learner, own = Team().learner(model, copies=True), rows // world
+    shares = ((x[rank * own :][:own], t[rank * own :][:own]) for x, t in batches_of(rows))
+    parts = (pair for x, t in shares for pair in zip(x.chunk(accumulate), t.chunk(accumulate)))
+    losses = list(fit(learner, [optimizer], parts, accumulate=accumulate, clip=clip))
+    return losses, [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize(("accumulate", "clip"), [(1, None), (2, 1e-2)])
+def test_copies_take_the_steps_of_one_process_with_the_whole_batch(accumulate, clip):
+    ((wanted, parameters),) = spawn_gloo(copies_worker, 1, 4, 1, clip)
+    for losses, own in spawn_gloo(copies_worker, 2, 4, accumulate, clip):
+        assert losses == pytest.approx(wanted, rel=1e-12)
+        assert all(torch.allclose(p, q, rtol=0, atol=1e-9) for p, q in zip(own, parameters))
+
+
+def test_rows_of_a_step_are_windows_that_follow_in_the_epoch():
+    tokens = torch.arange(16 * 64 + 1)
+    config = replace(CONFIG, plan=((64, 4),), rows=4)
+    read = [training_batch(tokens, config, step, row)[0] for step in range(4) for row in range(4)]
+    assert torch.equal(torch.cat(read, 1)[0].sort()[0], torch.arange(16 * 64)) and config.tokens == 16 * 64
+    single = replace(CONFIG, plan=((64, 16),))
+    assert all(torch.equal(x, training_batch(tokens, single, i)[0]) for i, x in enumerate(read))
+    assert learning_rate(config, 3) == learning_rate(replace(config, rows=1), 3)
+
+
+def test_a_run_in_copies_on_two_processes(words, tmp_path):
+    "Two processes that share the two sequences of each step, and one that takes both."
+    flags = ["--steps", "4", "--text", str(words), "--dtype", "float32", "--rows", "2", "--clip", "1.0", *SIZE]
+    for size in (1, 2):
+        found = spawn_gloo(command_worker, size, [*flags, "--out", str(tmp_path), "--name", f"run{size}"])
+        assert found == [0] * size
+    one, two = (losses(tmp_path / f"run{size}") for size in (1, 2))
+    assert len(one) == 4 and one == pytest.approx(two, rel=5e-3)  # Muon orthogonalizes in bfloat16
+    rows = read_metrics(tmp_path / "run2")
+    assert rows[-1]["bytes"] == 2 * sum(row["context"] for row in rows)
+    assert LongNet.from_pretrained(tmp_path / "run2").config == load_run(tmp_path / "run1")[1].model
+
+
+def command_worker(rank, world, flags):
+    return command.demo([*flags, "--data-parallel", str(world)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--data-parallel 2", "torchrun --nproc-per-node 2 -m dilated_attention_nb.training --data-parallel 2"),
+        ("--rows 0", "rows must be"),
+        ("--clip 0", "clip must be"),
+        ("--clip nan", "clip must be"),
+        ("--data-parallel 0", "data_parallel must be"),
+    ],
+)
+def test_flags_of_copies_are_checked(flags, says, words, tmp_path, capsys):
+    assert command.demo([*flags.split(), "--text", str(words), "--out", str(tmp_path / "runs"), *SIZE]) == 2
+    assert says in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+def test_what_copies_cannot_share_is_refused():
+    for values, says in (
+        ({"rows": 3, "data_parallel": 2}, "rows must be a multiple of data_parallel 2"),
+        ({"rows": 2, "data_parallel": 2, "sequence_parallel": 2}, "be 1 where sequences are cut"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            replace(CONFIG, **values)
+
+
 def test_resuming_takes_no_other_flags(capsys):
     with pytest.raises(SystemExit) as end:
-        training.demo(["--resume", "x", "--seed", "0"])
+        command.demo(["--resume", "x", "--seed", "0"])
     assert end.value.code == 2 and "leave out --seed" in capsys.readouterr().err
 
 
@@ -798,7 +997,7 @@ def test_links_to_nothing_or_to_folders_are_passed_over_and_counted(words, tmp_p
 def test_a_text_of_copies_says_that_they_were_left_out(tmp_path, capsys):
     for i in range(40):
         (tmp_path / f"f{i}").write_text("ab")
-    assert training.demo(["--text", str(tmp_path), "--steps", "2", "--out", str(tmp_path / "runs"), *SIZE]) == 2
+    assert command.demo(["--text", str(tmp_path), "--steps", "2", "--out", str(tmp_path / "runs"), *SIZE]) == 2
     said = capsys.readouterr().err
     assert "got 3 bytes" in said or "got 2 bytes" in said
     assert "after 39 copies of held-out files were left out" in said
@@ -959,6 +1158,6 @@ def test_samples_are_repeatable_and_follow_the_seed():
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(words, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(training, "train_step", lambda *_: float("nan"))
-    assert training.demo(["--text", str(words), "--steps", "2", "--out", str(tmp_path), *SIZE]) == 2
+    monkeypatch.setattr(runs, "train_step", lambda *_: float("nan"))
+    assert command.demo(["--text", str(words), "--steps", "2", "--out", str(tmp_path), *SIZE]) == 2
     assert "loss must stay finite, got nan at step 0" in capsys.readouterr().err
