@@ -965,7 +965,7 @@ def test_flags_of_the_guide_exist():
     from dilated_attention_nb.command import parse
 
     lines = guide_lines()
-    assert len(lines) == 7
+    assert len(lines) == 8
     for words in lines:
         at = words.index("-m")
         words = shlex.split(" ".join(words))
