@@ -8,7 +8,7 @@ __all__ = ['BlockSparseRingConfig', 'BlockSparseRingDilatedAttention', 'block_sp
 # %% ../nbs/14_ring_block_sparse.ipynb #35e54f8e
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,9 +27,6 @@ from .config import also_by_old_names, check_choice, check_flag, check_int, comp
 from .partial import merge_
 from .ring import RING_LAYOUTS, RING_STRATEGIES, Placement, check_split
 from .ring_engine import Call, Move, Parcel, Plan, RingLayer, Schedule, Traffic, journey, run_layer
-
-if TYPE_CHECKING:
-    from dilated_attention_nb.memory_pool import UnifiedMemoryPool
 
 # %% ../nbs/14_ring_block_sparse.ipynb #3c72cc5b
 @dataclass(frozen=True)
@@ -352,7 +349,7 @@ class BlockSparseRingDilatedAttention(RingLayer):
         self,
         config: BlockSparseRingConfig,
         group: "dist.ProcessGroup | None" = None,
-        pool: "UnifiedMemoryPool | None" = None,  # lends buffers for messages; layers that take turns can share one
+        pool: Any = None,  # a UnifiedMemoryPool: lends buffers for messages; layers that take turns can share one
         overlap: bool = True,  # compute while messages travel
     ) -> None:
         super().__init__(config, group, pool, overlap)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,9 +44,6 @@ from dilated_attention_nb.ring_engine import (
     journey,
     run_layer,
 )
-
-if TYPE_CHECKING:
-    from dilated_attention_nb.memory_pool import UnifiedMemoryPool
 
 # %% ../nbs/13_ring_dilated.ipynb #0cbdc266
 @dataclass(frozen=True)
@@ -581,7 +578,7 @@ class RingDilatedAttention(RingLayer):
         self,
         config: RingAttentionConfig,
         group: "dist.ProcessGroup | None" = None,
-        pool: "UnifiedMemoryPool | None" = None,  # lends buffers for messages; layers that take turns can share one
+        pool: Any = None,  # a UnifiedMemoryPool: lends buffers for messages; layers that take turns can share one
         overlap: bool = True,  # compute while messages travel
         part: tuple[int, int] | None = None,  # (first query head, heads of the layer) if it is given some of them only
     ) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import inf
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -42,9 +42,6 @@ from dilated_attention_nb.ring import (
     shard_sequence,
     stamp,
 )
-
-if TYPE_CHECKING:
-    from dilated_attention_nb.memory_pool import UnifiedMemoryPool
 
 # %% ../nbs/12_ring_engine.ipynb #b5e86273
 _C = TypeVar("_C", bound="Call")
@@ -217,7 +214,7 @@ class Schedule:
         call: Any,  # a Call
         plan: Any,  # a Plan
         use_checkpointing: bool,
-        buffers: "UnifiedMemoryPool | Buffers",
+        buffers: Any,  # a UnifiedMemoryPool, or Buffers
         record: list[Event] | None = None,
         divisor: int = 1,  # of the output
     ) -> None:
@@ -634,7 +631,7 @@ class RingLayer(ConfiguredModule):
         self,
         config: Any,  # a config_type
         group: "dist.ProcessGroup | None" = None,  # None: the default group; without one, this process alone
-        pool: "UnifiedMemoryPool | None" = None,  # lends buffers for messages; layers that take turns can share one
+        pool: Any = None,  # a UnifiedMemoryPool: lends buffers for messages; layers that take turns can share one
         overlap: bool = True,  # compute while messages travel
     ) -> None:
         super().__init__()

@@ -158,16 +158,22 @@ def test_packed_documents_in_a_layer(kind):
     assert not weights[:, :21, 21:].any() and not weights[:, 21:, :21].any()
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("kind", ["ring", "block_sparse", "block_sparse_ring"])
-def test_other_kinds_refuse_documents(kind):
+def test_other_kinds_take_documents_one_by_one(kind, is_causal):
     layer = create_multihead_dilated_attention(
         kind, embed_dim=32, num_heads=4, segment_lengths=(16, 32), dilation_rates=(1, 2), ragged="mask"
-    )
-    with pytest.raises(ValueError, match="cu_seqlens must be None, got documents for .*rings and other kinds"):
-        layer(torch.randn(1, 32, 32), cu_seqlens=torch.tensor([0, 32]))
+    ).double()
+    x, ends = torch.randn(1, 32, 32, dtype=torch.float64), [0, 12, 12, 32]
+    out = layer(x, cu_seqlens=torch.tensor(ends), is_causal=is_causal)[0]
+    alone = [layer(x[:, a:b], is_causal=is_causal)[0] for a, b in ((0, 12), (12, 32))]
+    assert (out - torch.cat(alone, 1)).abs().max() < 1e-13
+
+
+def test_attention_of_unknown_kinds_refuses_documents():
     model = make()
-    model.decoder.layers[1].self_attn.attention = layer.attention
-    with pytest.raises(ValueError, match="cu_seqlens must be None"):
+    model.decoder.layers[1].self_attn.attention = torch.nn.Identity()
+    with pytest.raises(ValueError, match="cu_seqlens must be None, got documents for Identity"):
         model(torch.zeros(1, 32, dtype=torch.long), cu_seqlens=torch.tensor([0, 32]))
 
 
