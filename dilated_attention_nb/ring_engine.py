@@ -254,7 +254,7 @@ class Schedule:
 
     def room(self, parcel: Any, dtype: torch.dtype, gradient: bool = False) -> Tensor:
         "A buffer for a message."
-        buffer = self.buffers.get_buffer((parcel.numel(self.call, gradient),), dtype)
+        buffer: Tensor = self.buffers.get_buffer((parcel.numel(self.call, gradient),), dtype)
         self.meter["lent"] += buffer.nbytes
         self.meter["peak"] = max(self.meter.values())
         return buffer
