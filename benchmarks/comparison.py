@@ -209,6 +209,7 @@ class Detached(torch.nn.Module):
 
 
 SECONDS, SEEDS, CONTEXT = 90.0, (0, 1), 16_384  # of CPU time
+BRANCHES = (1024, 4096, 16_384), (1, 4, 16)  # of the demo
 
 
 class Demo:
@@ -220,7 +221,7 @@ class Demo:
         from dilated_attention_nb.longnet import LongNetConfig
         from dilated_attention_nb.training import TrainingConfig, fast_dtype, make_model, make_optimizers
 
-        wanted = {"segment_lengths": DEFAULTS["segments"], "dilation_rates": DEFAULTS["rates"]} | shape
+        wanted = {"segment_lengths": BRANCHES[0], "dilation_rates": BRANCHES[1]} | shape
         model_config = LongNetConfig(
             DEFAULTS["width"], DEFAULTS["layers"], DEFAULTS["heads"], vocab_size=VOCAB, position="rope",
             tie_embeddings=False, bias=False, ngrams=NGRAMS, **wanted,
@@ -253,11 +254,10 @@ class Demo:
 def demos() -> dict[str, tuple[dict[str, Any], Callable[[], torch.nn.Module] | None]]:
     "What differs between the models: who sees whom, or the gradient."
     from dilated_attention_nb.block_sparse import BlockSparseAttention, SparseAttentionConfig
-    from dilated_attention_nb.command import DEFAULTS
     from dilated_attention_nb.config import DilatedAttentionConfig
 
     def gradient(exact: bool) -> Callable[[], torch.nn.Module]:
-        config = DilatedAttentionConfig(DEFAULTS["segments"], DEFAULTS["rates"], mixing="softmax")
+        config = DilatedAttentionConfig(BRANCHES[0], BRANCHES[1], mixing="softmax")
         return lambda: Detached(config, exact)
 
     def blocks() -> torch.nn.Module:
